@@ -1,0 +1,11 @@
+# All from Debian 12; docs/dependencies.md says why each and not another.
+find_package(Threads REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(simdjson REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(Boost 1.81 REQUIRED)
+find_package(ICU REQUIRED COMPONENTS uc)
+find_package(prometheus-cpp REQUIRED COMPONENTS core)
+pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
