@@ -1,0 +1,72 @@
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "server/server.h"
+
+namespace tokenspeed::server {
+namespace {
+
+using Json = nlohmann::json;
+
+Status read_generation_config(const std::filesystem::path& path, ServedModel* model) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  const Json json = Json::parse(text, nullptr, false);
+  if (!json.is_object()) return data_loss(path.string() + " is not a JSON object; repair or remove it.");
+  const auto number = [&](const char* key, auto* out) {
+    const auto at = json.find(key);
+    if (at != json.end() && at->is_number()) *out = at->get<std::remove_pointer_t<decltype(out)>>();
+  };
+  number("temperature", &model->defaults.temperature);
+  number("top_p", &model->defaults.top_p);
+  number("top_k", &model->defaults.top_k);
+  number("min_p", &model->defaults.min_p);
+  number("repetition_penalty", &model->defaults.repetition_penalty);
+  number("presence_penalty", &model->defaults.presence_penalty);
+  const auto stop = json.find("eos_token_id");
+  if (stop == json.end()) return {};
+  for (const Json& id : stop->is_array() ? *stop : Json::array({*stop})) {
+    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= model->vocabulary_size) {
+      return data_loss(path.string() + ": eos_token_id " + id.dump() + " is not a token id below " +
+                       std::to_string(model->vocabulary_size) + ".");
+    }
+    model->stop_token_ids.push_back(id.get<int32_t>());
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<ServedModel> load_served_model(const std::string& name, const std::string& directory, int64_t max_model_length,
+                                      int32_t vocabulary_size) {
+  ServedModel model;
+  model.name = name;
+  model.directory = directory;
+  model.max_model_length = max_model_length;
+  model.vocabulary_size = vocabulary_size;
+  const std::filesystem::path root(directory);
+  std::error_code ignored;
+  if (std::filesystem::exists(root / "tokenizer.json", ignored)) {
+    TS_ASSIGN_OR_RETURN(auto tokenizer, text::Tokenizer::load((root / "tokenizer.json").string()));
+    if (tokenizer.vocabulary_size() > vocabulary_size) {
+      return invalid_argument((root / "tokenizer.json").string() + " has ids up to " +
+                              std::to_string(tokenizer.vocabulary_size() - 1) + ", but the model's embedding has " +
+                              std::to_string(vocabulary_size) + " rows; use the tokenizer of this model.");
+    }
+    model.tokenizer.emplace(std::move(tokenizer));
+  }
+  auto chat_template = text::load_chat_template(directory);
+  if (chat_template.ok()) {
+    model.chat_template.emplace(std::move(chat_template).value());
+  } else if (chat_template.status().code() != StatusCode::kNotFound) {
+    return chat_template.status();
+  }
+  if (std::filesystem::exists(root / "generation_config.json", ignored)) {
+    TS_RETURN_IF_ERROR(read_generation_config(root / "generation_config.json", &model));
+  }
+  return model;
+}
+
+}  // namespace tokenspeed::server
