@@ -1,0 +1,59 @@
+# The commands of this repository. Everything else is CMake: see CMakePresets.json.
+SHELL := /bin/bash
+# One compiler process may take 2 GiB.
+JOBS ?= $(shell awk -v cpus=$$(nproc) '/MemAvailable/ {n = int($$2 / 2097152); print n < 1 ? 1 : n < cpus ? n : cpus}' /proc/meminfo)
+ARGS ?=
+FUZZ_SECONDS ?= 60
+SOURCES = $(shell git ls-files 'src/*.cpp' 'src/*.h' 'tests/*.cpp' 'tests/*.h' 'bench/*.cpp')
+
+.PHONY: help run build test test-all test-gpu test-long test-client sanitizers fuzz check-format check-tidy \
+  dependencies development-dependencies
+
+help:
+	@echo 'make run        build, then the demo (make run ARGS=--exit ends after the conversation)'
+	@echo 'make build      build the program: build/tokenspeed'
+	@echo 'make test       build and run the fast tests and the goldens'
+	@echo 'make test-all   also the long tests, the sanitizers, the OpenAI client and the fuzzers (a minute each)'
+	@echo 'make test-gpu   build and run everything that a GPU can check'
+
+run: build
+	build/tokenspeed demo $(ARGS)
+
+dependencies:
+	@scripts/install_dependencies.sh deps/apt.txt
+development-dependencies:
+	@scripts/install_dependencies.sh deps/apt.txt deps/apt-development.txt
+
+build: dependencies
+	cmake --preset release
+	cmake --build --preset release --target tokenspeed -j $(JOBS)
+
+test: dependencies
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS)
+	ctest --test-dir build/release -L fast -j $(JOBS) --output-on-failure
+
+test-long:
+	ctest --test-dir build/release -L long --output-on-failure
+
+test-client: build
+	python3 tests/server/openai_client_test.py --binary build/tokenspeed
+
+# The fast set under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitizers: dependencies
+	for preset in asan-ubsan tsan; do \
+	  cmake --preset $$preset && cmake --build --preset $$preset -j $(JOBS) && \
+	  ctest --test-dir build/$$preset -L fast -j $(JOBS) --output-on-failure || exit 1; \
+	done
+
+fuzz: development-dependencies
+	cmake --preset fuzz
+	cmake --build --preset fuzz --target fuzzers -j $(JOBS)
+	tests/fuzz/run_all.sh $(FUZZ_SECONDS) build/fuzz
+
+test-all: test test-long test-client sanitizers fuzz
+
+check-format:
+	clang-format-14 --dry-run --Werror $(SOURCES)
+check-tidy:
+	printf '%s\n' $(filter src/%.cpp,$(SOURCES)) | xargs -P $(JOBS) -n 4 clang-tidy-14 --quiet -p build/release
