@@ -36,11 +36,12 @@ uint8_t float_to_float8_e4m3(float value) {
   if (std::isnan(value)) return sign | 0x7f;
   const float magnitude = std::fabs(value);
   if (magnitude >= 448.0f) return sign | 0x7e;
+  if (magnitude == 0.0f) return sign;  // frexp gives zero the exponent of 0.5
   int exponent = 0;
-  std::frexp(magnitude, &exponent);                      // magnitude = f * 2^exponent, f in [0.5, 1)
-  const int unit = exponent < -5 ? -9 : exponent - 4;    // weight of the last mantissa bit
+  std::frexp(magnitude, &exponent);                    // magnitude = f * 2^exponent, f in [0.5, 1)
+  const int unit = exponent < -5 ? -9 : exponent - 4;  // weight of the last mantissa bit
   const float steps = std::nearbyint(std::ldexp(magnitude, -unit));
-  const int count = static_cast<int>(steps);             // 0..16
+  const int count = static_cast<int>(steps);                  // 0..16
   if (unit == -9) return sign | static_cast<uint8_t>(count);  // subnormals and the first binade share one spacing
   // count is 8..16; 16 carries into the next exponent by plain addition.
   return sign | static_cast<uint8_t>(((unit + 10) << 3) + (count - 8));

@@ -74,15 +74,24 @@ Status internal_error(std::string message);
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}          // NOLINT: implicit on purpose, `return value;`
+  Result(T value) : value_(std::move(value)) {}         // NOLINT: implicit on purpose, `return value;`
   Result(Status status) : status_(std::move(status)) {  // NOLINT: implicit on purpose, `return error;`
     assert(!status_.ok());
   }
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
-  T& value() & { assert(ok()); return *value_; }
-  const T& value() const& { assert(ok()); return *value_; }
-  T&& value() && { assert(ok()); return std::move(*value_); }
+  T& value() & {
+    assert(ok());
+    return *value_;
+  }
+  const T& value() const& {
+    assert(ok());
+    return *value_;
+  }
+  T&& value() && {
+    assert(ok());
+    return std::move(*value_);
+  }
   T& operator*() & { return value(); }
   const T& operator*() const& { return value(); }
   T&& operator*() && { return std::move(*this).value(); }
@@ -99,14 +108,14 @@ class [[nodiscard]] Result {
 #define TS_CONCAT_INNER(a, b) a##b
 #define TS_CONCAT(a, b) TS_CONCAT_INNER(a, b)
 // Returns the error of `expression` (a Status) from the enclosing function, if it is one.
-#define TS_RETURN_IF_ERROR(expression)                                        \
-  do {                                                                        \
+#define TS_RETURN_IF_ERROR(expression)                                                    \
+  do {                                                                                    \
     if (::tokenspeed::Status ts_status = (expression); !ts_status.ok()) return ts_status; \
   } while (false)
 // TS_ASSIGN_OR_RETURN(auto x, f()): binds the value of a Result or returns its error.
-#define TS_ASSIGN_OR_RETURN(declaration, expression)                          \
+#define TS_ASSIGN_OR_RETURN(declaration, expression) \
   TS_ASSIGN_OR_RETURN_INNER(TS_CONCAT(ts_result_, __LINE__), declaration, expression)
-#define TS_ASSIGN_OR_RETURN_INNER(result, declaration, expression)            \
-  auto result = (expression);                                                 \
-  if (!result.ok()) return result.status();                                   \
+#define TS_ASSIGN_OR_RETURN_INNER(result, declaration, expression) \
+  auto result = (expression);                                      \
+  if (!result.ok()) return result.status();                        \
   declaration = std::move(result).value()

@@ -28,7 +28,8 @@ class ThreadPool {
   // Indices are handed out dynamically, one at a time: make them coarse (several µs each).
   template <typename Function>
   void parallel_for(int64_t count, const Function& function) {
-    run(count, [](const void* context, int64_t index) { (*static_cast<const Function*>(context))(index); }, &function);
+    run(
+        count, [](const void* context, int64_t index) { (*static_cast<const Function*>(context))(index); }, &function);
   }
 
  private:

@@ -111,7 +111,8 @@ void Engine::Impl::run() {
     {
       std::unique_lock lock(mutex_);
       work_arrived_.wait(lock, [this] {
-        return stopping_ || !incoming_.empty() || !cancelled_.empty() || scheduler_.running() + scheduler_.waiting() > 0;
+        return stopping_ || !incoming_.empty() || !cancelled_.empty() ||
+               scheduler_.running() + scheduler_.waiting() > 0;
       });
       if (stopping_) break;
     }

@@ -21,11 +21,11 @@ namespace tokenspeed::engine {
 enum class FinishReason { kStop, kLength, kCancelled, kError };
 
 struct Request {
-  std::vector<int32_t> prompt;                 // at least one token
-  int64_t max_tokens = 0;                      // new tokens, >= 1 (0 allowed with prompt logprobs: echo only)
+  std::vector<int32_t> prompt;  // at least one token
+  int64_t max_tokens = 0;       // new tokens, >= 1 (0 allowed with prompt logprobs: echo only)
   runtime::SamplingParameters sampling;
-  std::vector<int32_t> stop_token_ids;         // end the request; the token is reported as the last one
-  bool ignore_eos = false;                     // when set, stop_token_ids are not looked at
+  std::vector<int32_t> stop_token_ids;  // end the request; the token is reported as the last one
+  bool ignore_eos = false;              // when set, stop_token_ids are not looked at
 };
 
 struct Event {
@@ -33,11 +33,11 @@ struct Event {
   std::vector<int32_t> tokens;
   std::vector<runtime::TokenLogprobs> logprobs;
   std::vector<runtime::TokenLogprobs> prompt_logprobs;  // those that became known, in order of position
-  bool first = false;                          // holds the first token
+  bool first = false;                                   // holds the first token
   bool finished = false;
-  FinishReason reason = FinishReason::kStop;   // when finished
-  Status error;                                // when reason is kError
-  int64_t cached_tokens = 0;                   // prompt tokens served from a cache (0 until the prefix cache exists)
+  FinishReason reason = FinishReason::kStop;  // when finished
+  Status error;                               // when reason is kError
+  int64_t cached_tokens = 0;                  // prompt tokens served from a cache (0 until the prefix cache exists)
 };
 using EventSink = std::function<void(Event&&)>;
 
@@ -47,23 +47,23 @@ class RequestHandle;
 struct Statistics {
   int64_t running = 0;
   int64_t waiting = 0;
-  double kv_cache_usage = 0;                   // share of pages held, 0..1
-  int64_t prompt_tokens = 0;                   // totals since start
+  double kv_cache_usage = 0;  // share of pages held, 0..1
+  int64_t prompt_tokens = 0;  // totals since start
   int64_t generation_tokens = 0;
   int64_t steps = 0;
-  double seconds_since_progress = 0;           // with work pending: since tokens last advanced, else 0
+  double seconds_since_progress = 0;  // with work pending: since tokens last advanced, else 0
 };
 
 struct EngineOptions {
-  int32_t max_num_seqs = 0;                    // sequences running at once; 0: the runner's limit
-  int32_t max_num_batched_tokens = 0;          // rows of one step; 0: the runner's limit
-  int32_t max_waiting = 1024;                  // queue bound; beyond it submit answers resource_exhausted
+  int32_t max_num_seqs = 0;            // sequences running at once; 0: the runner's limit
+  int32_t max_num_batched_tokens = 0;  // rows of one step; 0: the runner's limit
+  int32_t max_waiting = 1024;          // queue bound; beyond it submit answers resource_exhausted
 };
 
 class Engine {
  public:
   Engine(std::unique_ptr<runtime::Runner> runner, EngineOptions options);
-  ~Engine();                                   // cancels what runs, then joins the step thread
+  ~Engine();  // cancels what runs, then joins the step thread
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -76,7 +76,7 @@ class Engine {
  private:
   friend class RequestHandle;
   class Impl;
-  std::shared_ptr<Impl> impl_;                 // shared with handles, which may outlive the engine
+  std::shared_ptr<Impl> impl_;  // shared with handles, which may outlive the engine
 };
 
 class RequestHandle {

@@ -54,7 +54,8 @@ EventSink Scheduler::remove(uint64_t id) {
     waiting_.erase(queued);
     return sink;
   }
-  const auto active = std::find_if(active_.begin(), active_.end(), [id](ActiveState& s) { return running_of(s).id == id; });
+  const auto active =
+      std::find_if(active_.begin(), active_.end(), [id](ActiveState& s) { return running_of(s).id == id; });
   if (active == active_.end()) return {};
   EventSink sink = std::move(running_of(*active).sink);
   active_.erase(active);

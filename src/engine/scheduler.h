@@ -15,8 +15,8 @@
 namespace tokenspeed::engine {
 
 struct SchedulerLimits {
-  int32_t max_sequences = 0;     // requests running at once
-  int32_t max_step_tokens = 0;   // rows of one step
+  int32_t max_sequences = 0;    // requests running at once
+  int32_t max_step_tokens = 0;  // rows of one step
   int32_t pages = 0;
   int32_t page_size = 0;
   int32_t state_slots = 0;
@@ -52,7 +52,7 @@ class Scheduler {
   void admit_waiting();
 
   SchedulerLimits limits_;
-  cache::IdPool pages_;          // before the requests: leases return to pools that still live
+  cache::IdPool pages_;  // before the requests: leases return to pools that still live
   cache::IdPool slots_;
   std::deque<Waiting> waiting_;
   std::list<ActiveState> active_;  // in order of admission

@@ -8,10 +8,11 @@ namespace tokenspeed::kernels {
 // q_proj's output holds, per head, head_dim query elements followed by head_dim gate elements.
 struct AttentionShape {
   int64_t query_heads = 0;
-  int64_t kv_heads = 0;       // query head h reads KV head h / (query_heads / kv_heads)
+  int64_t kv_heads = 0;  // query head h reads KV head h / (query_heads / kv_heads)
   int64_t head_dim = 256;
-  int64_t rotary_dim = 64;    // the first rotary_dim dims of a head turn, in half-rotate (NeoX) pairs (i, i + rotary_dim/2)
-  float rope_theta = 1e7f;    // angle of pair i at position p: p * theta^(-2i / rotary_dim)
+  int64_t rotary_dim =
+      64;  // the first rotary_dim dims of a head turn, in half-rotate (NeoX) pairs (i, i + rotary_dim/2)
+  float rope_theta = 1e7f;  // angle of pair i at position p: p * theta^(-2i / rotary_dim)
 };
 
 // Unfused steps ------------------------------------------------------------------------------------------------------
@@ -20,9 +21,9 @@ struct AttentionShape {
 struct SplitQueryGate {
   AttentionShape shape;
   int64_t tokens = 0;
-  Rows q_gate;   // [T, query_heads * 2 * head_dim]
-  Rows query;    // [T, query_heads * head_dim]
-  Rows gate;     // [T, query_heads * head_dim]
+  Rows q_gate;  // [T, query_heads * 2 * head_dim]
+  Rows query;   // [T, query_heads * head_dim]
+  Rows gate;    // [T, query_heads * head_dim]
 };
 
 // Rotary embedding in place over `heads` heads of head_dim. cos and sin are computed in fp32; with bfloat16 rows they
@@ -40,8 +41,8 @@ struct KvWrite {
   AttentionShape shape;
   SequenceBatch batch;
   KvPages pages;
-  Rows key;      // [T, kv_heads * head_dim]
-  Rows value;    // [T, kv_heads * head_dim]
+  Rows key;    // [T, kv_heads * head_dim]
+  Rows value;  // [T, kv_heads * head_dim]
 };
 
 // out = x * sigmoid(gate), elementwise over [T, columns]; out may alias x.
@@ -65,22 +66,22 @@ struct AttentionPrepare {
   const float* query_norm = nullptr;  // [head_dim], zero-centred
   const float* key_norm = nullptr;
   float epsilon = 1e-6f;
-  Rows query;                         // out, [T, query_heads * head_dim]
+  Rows query;  // out, [T, query_heads * head_dim]
 };
 
-// out[t, h] = softmax_{j <= position[t]}(q[t,h] . k[j] / sqrt(head_dim)) v[j], softmax and sums in fp32; then, if gate is
-// set, multiplied by sigmoid(gate) (fp32, one rounding). The keys of this step must already be written.
-// Bytes: per sequence, context * kv_heads * head_dim * 2 * element size, once per step for small T.
-// The order of the sum over j depends on the position only (fixed blocks of kAttentionBlock keys), so a row's bits do not
-// depend on T, the split over threads or the chunking of the prompt.
+// out[t, h] = softmax_{j <= position[t]}(q[t,h] . k[j] / sqrt(head_dim)) v[j], softmax and sums in fp32; then, if gate
+// is set, multiplied by sigmoid(gate) (fp32, one rounding). The keys of this step must already be written. Bytes: per
+// sequence, context * kv_heads * head_dim * 2 * element size, once per step for small T. The order of the sum over j
+// depends on the position only (fixed blocks of kAttentionBlock keys), so a row's bits do not depend on T, the split
+// over threads or the chunking of the prompt.
 struct PagedAttention {
   AttentionShape shape;
   SequenceBatch batch;
   KvPages pages;
   Rows query;
-  Rows gate;                          // optional: element (t, h, d) at t * stride + h * gate_head_stride + d
-  int64_t gate_head_stride = 0;       // 2 * head_dim with data pointing at the first gate inside q_gate
-  Rows out;                           // [T, query_heads * head_dim]
+  Rows gate;                     // optional: element (t, h, d) at t * stride + h * gate_head_stride + d
+  int64_t gate_head_stride = 0;  // 2 * head_dim with data pointing at the first gate inside q_gate
+  Rows out;                      // [T, query_heads * head_dim]
 };
 inline constexpr int kAttentionBlock = 64;
 

@@ -41,6 +41,6 @@ void linear(const Linear& args);
 namespace cpu {
 // kPanel16 weights only.
 void linear(const Linear& args, ThreadPool& pool);
-}
+}  // namespace cpu
 
 }  // namespace tokenspeed::kernels

@@ -34,11 +34,11 @@ struct MoeRouter {
   float* expert_weights = nullptr;  // [T, top_k]
 };
 
-// y[t] = sum_i weight[t, i] * down_e( silu(gate_e x[t]) * (up_e x[t]) ), e = expert_ids[t, i]; the sum over i in fp32 in
-// the order of i; the product with `down` stays fp32; the activation between is rounded to x.dtype.
-// gate_up: `experts` matrices [2 * width, hidden] one after the other (gate rows first), gate_up_stride bytes apart;
-// down: [hidden, width] each, down_stride bytes apart. Experts not in [0, experts) are skipped (another rank's).
-// Bytes: distinct experts * 3 * width * hidden * element size. Workspace: moe_experts_workspace_bytes().
+// y[t] = sum_i weight[t, i] * down_e( silu(gate_e x[t]) * (up_e x[t]) ), e = expert_ids[t, i]; the sum over i in fp32
+// in the order of i; the product with `down` stays fp32; the activation between is rounded to x.dtype. gate_up:
+// `experts` matrices [2 * width, hidden] one after the other (gate rows first), gate_up_stride bytes apart; down:
+// [hidden, width] each, down_stride bytes apart. Experts not in [0, experts) are skipped (another rank's). Bytes:
+// distinct experts * 3 * width * hidden * element size. Workspace: moe_experts_workspace_bytes().
 struct MoeExperts {
   int64_t rows = 0;
   int64_t experts = 0;
@@ -46,9 +46,9 @@ struct MoeExperts {
   int64_t hidden = 0;
   int64_t width = 0;
   Rows x;
-  Matrix gate_up;                   // of expert 0
+  Matrix gate_up;  // of expert 0
   int64_t gate_up_stride = 0;
-  Matrix down;                      // of expert 0
+  Matrix down;  // of expert 0
   int64_t down_stride = 0;
   const int32_t* expert_ids = nullptr;
   const float* expert_weights = nullptr;
@@ -57,15 +57,16 @@ struct MoeExperts {
 };
 int64_t moe_experts_workspace_bytes(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width);
 
-// Fused end of a MoE block (5 -> 1): y[t] = routed[t] + shared[t] * sigmoid(x[t] . gate_weight) (+ residual[t]); fp32 inside.
+// Fused end of a MoE block (5 -> 1): y[t] = routed[t] + shared[t] * sigmoid(x[t] . gate_weight) (+ residual[t]); fp32
+// inside.
 struct SharedExpertCombine {
   int64_t rows = 0;
   int64_t hidden = 0;
-  Rows x;                             // the block's (normalised) input
-  const float* gate_weight = nullptr; // [hidden]
+  Rows x;                              // the block's (normalised) input
+  const float* gate_weight = nullptr;  // [hidden]
   Rows shared;
   Rows routed;
-  Rows residual;                      // optional; y may alias it
+  Rows residual;  // optional; y may alias it
   Rows y;
 };
 
@@ -74,7 +75,7 @@ struct ScaleRowsBySigmoid {
   int64_t rows = 0;
   int64_t columns = 0;
   Rows gate_logit;
-  Rows x;                             // in place
+  Rows x;  // in place
 };
 
 namespace reference {

@@ -20,7 +20,8 @@ struct RmsNorm {
 
 // Gated norm of Gated DeltaNet, per head of `columns` (128): n = x * rsqrt(mean(x^2) + epsilon);
 // out = weight * n * silu(z), fp32 inside. rows = tokens * value heads, weight [columns] is shared by all heads.
-// x, z and out hold `heads` heads per token row: head h of token t is at row t, elements [h * columns, (h+1) * columns).
+// x, z and out hold `heads` heads per token row: head h of token t is at row t, elements [h * columns, (h+1) *
+// columns).
 struct GatedRmsNorm {
   int64_t tokens = 0;
   int64_t heads = 0;

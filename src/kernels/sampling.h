@@ -20,20 +20,20 @@
 namespace tokenspeed::kernels {
 
 struct SampleRow {
-  const float* logits = nullptr;     // [vocabulary]
-  int64_t vocabulary = 0;            // logits entries that may be chosen; padding rows beyond are never read
+  const float* logits = nullptr;  // [vocabulary]
+  int64_t vocabulary = 0;         // logits entries that may be chosen; padding rows beyond are never read
   float temperature = 1.0f;
-  int32_t top_k = 0;                 // 0: off
+  int32_t top_k = 0;  // 0: off
   float top_p = 1.0f;
   float min_p = 0.0f;
   float repetition_penalty = 1.0f;
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
   std::span<const std::pair<int32_t, float>> logit_bias;
-  std::span<const int32_t> prompt;   // read only when a penalty is set
+  std::span<const int32_t> prompt;  // read only when a penalty is set
   std::span<const int32_t> output;
   uint64_t seed = 0;
-  int64_t position = 0;              // position of the token being sampled
+  int64_t position = 0;  // position of the token being sampled
 };
 
 struct TokenLogprob {
@@ -42,13 +42,13 @@ struct TokenLogprob {
 };
 
 struct Sampled {
-  int32_t token = -1;                // -1: the row's logits hold a NaN or +inf; the request must end with an error
+  int32_t token = -1;  // -1: the row's logits hold a NaN or +inf; the request must end with an error
 };
 
 namespace reference {
 // Straightforward sort-based version.
 Sampled sample(const SampleRow& row);
-}
+}  // namespace reference
 namespace cpu {
 // No sort of the vocabulary in the common cases; same tokens as the reference.
 Sampled sample(const SampleRow& row);

@@ -50,25 +50,26 @@ struct Rows {
 
 // Which rows of a step belong to which sequence. Rows of one sequence are consecutive and in order of position.
 struct SequenceBatch {
-  int32_t sequences = 0;                   // S
-  int32_t tokens = 0;                      // T, all rows of the step
-  const int32_t* token_begin = nullptr;    // [S + 1] first row of each sequence; token_begin[S] = T
-  const int32_t* context = nullptr;        // [S] tokens of the sequence already in its caches before this step
-  const int32_t* position = nullptr;       // [T] position of each row in its sequence
-  const int32_t* sequence = nullptr;       // [T] sequence of each row
-  const int32_t* page_table = nullptr;     // [S, page_table_stride] KV page of each run of page_size positions
+  int32_t sequences = 0;                 // S
+  int32_t tokens = 0;                    // T, all rows of the step
+  const int32_t* token_begin = nullptr;  // [S + 1] first row of each sequence; token_begin[S] = T
+  const int32_t* context = nullptr;      // [S] tokens of the sequence already in its caches before this step
+  const int32_t* position = nullptr;     // [T] position of each row in its sequence
+  const int32_t* sequence = nullptr;     // [T] sequence of each row
+  const int32_t* page_table = nullptr;   // [S, page_table_stride] KV page of each run of page_size positions
   int64_t page_table_stride = 0;
-  const int32_t* state_in = nullptr;       // [S] state slot read; -1 means the zero state (a new sequence)
-  const int32_t* state_out = nullptr;      // [S] state slot written; may equal state_in
+  const int32_t* state_in = nullptr;   // [S] state slot read; -1 means the zero state (a new sequence)
+  const int32_t* state_out = nullptr;  // [S] state slot written; may equal state_in
 };
 
-// One layer's keys or values in pages: element (page, i, head, d) at ((page * page_size + i) * heads + head) * head_dim + d.
+// One layer's keys or values in pages: element (page, i, head, d) at ((page * page_size + i) * heads + head) * head_dim
+// + d.
 struct KvPages {
   void* keys = nullptr;
   void* values = nullptr;
-  DType dtype = DType::kBFloat16;          // float32 or bfloat16 (float8_e4m3 on CUDA)
+  DType dtype = DType::kBFloat16;  // float32 or bfloat16 (float8_e4m3 on CUDA)
   int32_t page_size = 0;
-  int32_t heads = 0;                       // KV heads
+  int32_t heads = 0;  // KV heads
   int32_t head_dim = 0;
 };
 

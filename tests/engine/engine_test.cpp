@@ -119,8 +119,8 @@ TEST(Engine, StopTokenEndsAndIsReported) {
   const auto expected = alone({7}, 4);
   Collector stopped;
   Collector ignoring;
-  const auto first = fixture.engine->submit({.prompt = {7}, .max_tokens = 20, .stop_token_ids = {expected[3]}},
-                                            stopped.sink());
+  const auto first =
+      fixture.engine->submit({.prompt = {7}, .max_tokens = 20, .stop_token_ids = {expected[3]}}, stopped.sink());
   const auto second = fixture.engine->submit(
       {.prompt = {7}, .max_tokens = 9, .stop_token_ids = {expected[3]}, .ignore_eos = true}, ignoring.sink());
   EXPECT_EQ(stopped.wait(), FinishReason::kStop);
@@ -143,7 +143,9 @@ TEST(Engine, PromptLogprobsOfEveryTokenButTheFirst) {
 TEST(Engine, RefusesWhatCannotRun) {
   Fixture fixture;
   Collector collector;
-  const auto refuse = [&](Request request) { return fixture.engine->submit(std::move(request), collector.sink()).status(); };
+  const auto refuse = [&](Request request) {
+    return fixture.engine->submit(std::move(request), collector.sink()).status();
+  };
   EXPECT_EQ(refuse({.prompt = {}, .max_tokens = 1}).param(), "prompt");
   EXPECT_EQ(refuse({.prompt = {1, 1000}, .max_tokens = 1}).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(refuse({.prompt = {-1}, .max_tokens = 1}).code(), StatusCode::kInvalidArgument);
@@ -242,7 +244,8 @@ TEST(Engine, RandomLoadKeepsEveryRequestsTokens) {
   for (uint64_t i = 0; i < kRequests; ++i) {
     const auto random = philox(kSeed, 1, i);
     auto one = std::make_unique<Case>();
-    for (uint32_t t = 0; t < 1 + random[0] % 40; ++t) one->request.prompt.push_back(static_cast<int32_t>((random[1] + t) % 1000));
+    for (uint32_t t = 0; t < 1 + random[0] % 40; ++t)
+      one->request.prompt.push_back(static_cast<int32_t>((random[1] + t) % 1000));
     one->request.max_tokens = 1 + random[2] % 40;
     one->handle = std::move(*fixture.engine->submit(one->request, one->collector.sink()));
     if (random[3] % 5 == 0) {

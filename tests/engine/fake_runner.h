@@ -1,5 +1,5 @@
-// A Runner without a model: the next token is a function of the tokens before it, kept in its "slots" and checked against
-// what the engine claims, so that a wrong slot, page or context shows at once.
+// A Runner without a model: the next token is a function of the tokens before it, kept in its "slots" and checked
+// against what the engine claims, so that a wrong slot, page or context shows at once.
 #pragma once
 
 #include <gtest/gtest.h>

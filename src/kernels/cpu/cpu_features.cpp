@@ -31,9 +31,12 @@ InstructionSet instruction_set() {
 
 std::string_view instruction_set_name(InstructionSet set) {
   switch (set) {
-    case InstructionSet::kAvx2: return "avx2";
-    case InstructionSet::kAvx512: return "avx512";
-    case InstructionSet::kAvx512Bf16: return "avx512_bf16";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "?";
 }
