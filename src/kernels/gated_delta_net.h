@@ -16,18 +16,18 @@ namespace tokenspeed::kernels {
 
 struct GdnShape {
   int64_t key_heads = 0;
-  int64_t value_heads = 0;   // a multiple of key_heads; value head h uses key head h / (value_heads / key_heads)
+  int64_t value_heads = 0;  // a multiple of key_heads; value head h uses key head h / (value_heads / key_heads)
   int64_t key_dim = 128;
   int64_t value_dim = 128;
   int64_t conv_kernel = 4;
-  int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+  constexpr int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
 struct GdnState {
   std::byte* recurrent = nullptr;  // float32
   std::byte* conv = nullptr;
   DType conv_dtype = DType::kFloat32;
-  int64_t slot_stride = 0;         // bytes
+  int64_t slot_stride = 0;  // bytes
 };
 
 // Depthwise causal convolution + SiLU: c[t, ch] = silu(sum_{j<4} weight[ch, j] * u[t - 3 + j, ch]); inputs before the
@@ -42,19 +42,21 @@ struct CausalConv {
   Rows out;
 };
 
-// beta = sigmoid(b), decay = exp(-exp(a_log) * softplus(a + dt_bias)); softplus(x) = x above 20. out float32 [T, heads].
+// beta = sigmoid(b), decay = exp(-exp(a_log) * softplus(a + dt_bias)); softplus(x) = x above 20. out float32 [T,
+// heads].
 struct GdnGates {
   int64_t tokens = 0;
   int64_t value_heads = 0;
-  Rows b;                         // [T, value_heads]
-  Rows a;                         // [T, value_heads]
-  const float* a_log = nullptr;   // [value_heads]
-  const float* dt_bias = nullptr; // [value_heads]
+  Rows b;                          // [T, value_heads]
+  Rows a;                          // [T, value_heads]
+  const float* a_log = nullptr;    // [value_heads]
+  const float* dt_bias = nullptr;  // [value_heads]
   float* beta = nullptr;
   float* decay = nullptr;
 };
 
-// In place over q and k of a conv output: q <- q * rsqrt(sum q^2 + 1e-6) / sqrt(key_dim), k <- k * rsqrt(sum k^2 + 1e-6).
+// In place over q and k of a conv output: q <- q * rsqrt(sum q^2 + 1e-6) / sqrt(key_dim), k <- k * rsqrt(sum k^2 +
+// 1e-6).
 struct GdnL2Norm {
   GdnShape shape;
   int64_t tokens = 0;
@@ -70,10 +72,10 @@ struct GatedDeltaRule {
   GdnShape shape;
   SequenceBatch batch;
   GdnState state;
-  Rows qkv;                       // normalised q, k; v
-  const float* beta = nullptr;    // [T, value_heads]
-  const float* decay = nullptr;   // [T, value_heads]
-  Rows out;                       // [T, value_heads * value_dim]
+  Rows qkv;                      // normalised q, k; v
+  const float* beta = nullptr;   // [T, value_heads]
+  const float* decay = nullptr;  // [T, value_heads]
+  Rows out;                      // [T, value_heads * value_dim]
 };
 
 // All of the above and the gated norm in one op, fp32 between the stages, one rounding of o before its norm (to
@@ -84,7 +86,7 @@ struct GdnMixer {
   SequenceBatch batch;
   GdnState state;
   Rows qkv;
-  Rows z;                         // [T, value_heads * value_dim]
+  Rows z;  // [T, value_heads * value_dim]
   Rows b;
   Rows a;
   const float* conv_weight = nullptr;

@@ -1,0 +1,15 @@
+// A Program and its cost as a page for a terminal.
+#pragma once
+
+#include <string>
+
+#include "compile/cost.h"
+
+namespace tokenspeed::compile {
+
+// At most 120 columns wide. Operations in order with stream, bytes, FLOPs and microseconds, layers of the same shape
+// folded into one; then bytes, roofline and prediction of the step, memory per rank and, when a price was given, the
+// price of a million tokens. `cost` is that of `program` on `device`.
+std::string print_plan(const Program& program, const DeviceSpec& device, const Cost& cost);
+
+}  // namespace tokenspeed::compile
