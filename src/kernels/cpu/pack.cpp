@@ -1,0 +1,77 @@
+#include <algorithm>
+
+#include "kernels/cpu/linear_kernels.h"
+#include "kernels/linear.h"
+
+namespace tokenspeed::kernels {
+namespace {
+
+using cpu::kPanelRows;
+
+constexpr int64_t pair_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 1; }
+
+float convert(float value, float) { return value; }
+float convert(BFloat16 value, float) { return to_float(value); }
+BFloat16 convert(float value, BFloat16) { return to_bfloat16(value); }
+BFloat16 convert(BFloat16 value, BFloat16) { return value; }
+
+// One panel of `rows` real rows, a source line's worth of steps at a time: rows whose distance is a power of two share
+// a cache set, so a line must be used up before the other lanes' lines push it out.
+template <typename Source, typename Target>
+void pack_panel(const Source* source, int64_t stride, int64_t rows, int64_t k, Target* out) {
+  constexpr int64_t kPair = sizeof(Target) == sizeof(BFloat16) ? 2 : 1;
+  constexpr int64_t kBlock = 16;
+  const int64_t whole = k / kPair;
+  if (rows < kPanelRows || k % kPair != 0) std::fill_n(out, (whole + k % kPair) * kPanelRows * kPair, Target{});
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, whole);
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      const Source* from = source + lane * stride;
+      for (int64_t step = begin; step < end; ++step) {
+        Target* to = out + (step * kPanelRows + lane) * kPair;
+        for (int64_t i = 0; i < kPair; ++i) to[i] = convert(from[step * kPair + i], Target{});
+      }
+    }
+  }
+  if (k % kPair == 0) return;
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    out[(whole * kPanelRows + lane) * kPair] = convert(source[lane * stride + k - 1], Target{});
+  }
+}
+
+template <typename Source, typename Target>
+void pack(const Source* source, int64_t stride, int64_t n, int64_t k, int64_t begin, int64_t end, Target* out) {
+  constexpr int64_t kPair = sizeof(Target) == sizeof(BFloat16) ? 2 : 1;
+  const int64_t panel_elements = (k + kPair - 1) / kPair * kPair * kPanelRows;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t row = panel * kPanelRows;
+    pack_panel(source + row * stride, stride, std::clamp<int64_t>(n - row, 0, kPanelRows), k,
+               out + panel * panel_elements);
+  }
+}
+
+}  // namespace
+
+int64_t packed_bytes(int64_t n, int64_t k, DType dtype) {
+  const int64_t pair = pair_of(dtype);
+  return (n + kPanelRows - 1) / kPanelRows * kPanelRows * ((k + pair - 1) / pair * pair) *
+         static_cast<int64_t>(dtype_size(dtype));
+}
+
+void pack_panels(const void* source, DType source_dtype, int64_t source_stride, int64_t n, int64_t k, DType target,
+                 int64_t panel_begin, int64_t panel_end, void* out) {
+  const auto from = [&](const auto* typed) {
+    if (target == DType::kBFloat16) {
+      pack(typed, source_stride, n, k, panel_begin, panel_end, static_cast<BFloat16*>(out));
+    } else {
+      pack(typed, source_stride, n, k, panel_begin, panel_end, static_cast<float*>(out));
+    }
+  };
+  if (source_dtype == DType::kBFloat16) {
+    from(static_cast<const BFloat16*>(source));
+  } else {
+    from(static_cast<const float*>(source));
+  }
+}
+
+}  // namespace tokenspeed::kernels
