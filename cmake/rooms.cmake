@@ -5,6 +5,7 @@ function(tokenspeed_room name)
   cmake_parse_arguments(ARG "" "" "MAY_INCLUDE;LIBRARIES" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/${name}/*.cpp)
   list(FILTER sources EXCLUDE REGEX "/src/app/main\\.cpp$")
+  list(FILTER sources EXCLUDE REGEX "/src/${name}/cuda/")  # libraries of their own, where there is a CUDA toolkit
   # Kernels for one instruction set are files of their own; the rest of the program stays baseline x86-64.
   foreach(source ${sources})
     if(source MATCHES "_avx512_bf16\\.cpp$")

@@ -1,0 +1,36 @@
+#include "runtime/cpu_caches.h"
+
+#include <utility>
+
+namespace tokenspeed::runtime {
+
+Result<CpuCaches> CpuCaches::allocate(const compile::KvLayout& kv, const compile::StateLayout& state, int64_t pages,
+                                      int32_t page_size, int64_t slots) {
+  CpuCaches caches;
+  const int64_t positions = pages * page_size;
+  TS_ASSIGN_OR_RETURN(caches.kv_memory_,
+                      HostMemory::allocate(positions * kv.bytes_per_position(), std::to_string(pages) + " KV pages"));
+  TS_ASSIGN_OR_RETURN(caches.state_memory_,
+                      HostMemory::allocate(slots * state.bytes_per_slot, std::to_string(slots) + " state slots"));
+  std::byte* next = caches.kv_memory_.data();
+  for (int32_t layer = 0; layer < static_cast<int32_t>(kv.layers.size()); ++layer) {
+    const int64_t half = positions * kv.bytes_per_position(layer) / 2;
+    kernels::KvPages pages_of_layer;
+    pages_of_layer.keys = next;
+    pages_of_layer.values = next + half;
+    pages_of_layer.dtype = kv.dtype;
+    pages_of_layer.page_size = page_size;
+    pages_of_layer.heads = static_cast<int32_t>(kv.layers[layer].heads);
+    pages_of_layer.head_dim = static_cast<int32_t>(kv.layers[layer].head_dim);
+    caches.kv_layers_.push_back(pages_of_layer);
+    next += 2 * half;
+  }
+  for (const compile::StateLayout::Layer& layer : state.layers) {
+    caches.state_layers_.push_back({caches.state_memory_.data() + layer.recurrent_offset,
+                                    caches.state_memory_.data() + layer.conv_offset, state.conv_dtype,
+                                    state.bytes_per_slot});
+  }
+  return caches;
+}
+
+}  // namespace tokenspeed::runtime

@@ -1,0 +1,99 @@
+// The Runner of one CPU: executes a model's Programs on a pool of threads.
+//
+// Two Programs share weights, caches and arena: one for steps of few rows (decoding), one for the greatest step. Both
+// hold the same operations; the smaller one's values lie close together. submit() computes; wait() only hands over.
+// Invariant: a row's bits do not depend on the other rows of the step, the number of threads, or the chunking of
+// prompts.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "compile/graph.h"
+#include "compile/passes/pass.h"
+#include "compile/weight_source.h"
+#include "runtime/cpu_execute.h"
+#include "runtime/logit_rows.h"
+#include "runtime/runner.h"
+#include "runtime/step_batch.h"
+
+namespace tokenspeed::runtime {
+
+struct CpuRunnerOptions {
+  DType weights = DType::kBFloat16;     // float32 or bfloat16; bfloat16 tensors are held as they are either way
+  DType activation = DType::kBFloat16;  // float32 or bfloat16 (then weights must be bfloat16)
+  DType kv = DType::kBFloat16;          // float32 or bfloat16
+  int32_t threads = 0;                  // 0: one per CPU the process may use
+  bool pin = true;                      // bind each thread to a CPU
+  int32_t max_step_tokens = 512;
+  int32_t max_sequences = 64;
+  int32_t page_size = 64;
+  int32_t max_model_length = 32768;
+  int32_t pages = 0;               // KV pages; 0: as many as kv_bytes hold
+  int64_t kv_bytes = 0;            // 0: half of the free memory, at most what max_sequences full sequences need
+  int32_t state_slots = 0;         // 0: max_sequences
+  bool reference_kernels = false;  // the plain kernels, one thread: for comparison
+  compile::PassOptions passes;
+};
+
+class CpuRunner : public Runner {
+ public:
+  // Compiles, loads the weights (the source may be closed afterwards) and allocates. Errors: invalid_argument (an
+  // option), failed_precondition (a CPU without AVX2), resource_exhausted (memory; says what to lower), those of the
+  // source.
+  static Result<std::unique_ptr<CpuRunner>> create(const compile::ModelGraph& graph,
+                                                   const compile::WeightSource& source,
+                                                   const CpuRunnerOptions& options);
+
+  const Capacity& capacity() const override { return capacity_; }
+  Status submit(std::span<const SequenceStep> sequences) override;
+  Status wait(std::vector<SequenceResult>* results) override;
+
+  // Multi-token prediction: one chunk of one sequence through the MTP layer, to be run after the step that computed the
+  // hidden rows. tokens[i] is the token after the one at position context + i.
+  struct MtpStep {
+    std::span<const int32_t> tokens;
+    int32_t context = 0;
+    std::span<const int32_t> pages;
+    std::span<const float> hidden;  // [tokens, hidden_size], from last_hidden() or hidden_out
+    float* logits_out = nullptr;    // [vocabulary_size] of the last row, or null
+    float* hidden_out = nullptr;    // [tokens, hidden_size] after the MTP norm, or null
+  };
+  // failed_precondition when the model has no MTP layer.
+  Status run_mtp(const MtpStep& step);
+  // [T, hidden_size] of the last submitted step, after the final norm. Gone after run_mtp, which leaves it empty.
+  std::vector<float> last_hidden() const;
+
+  const compile::Program& program() const { return large_.program(); }
+  const CpuCaches& caches() const { return caches_; }
+  int64_t weight_bytes() const { return weights_.bytes(); }
+
+ private:
+  CpuRunner() = default;
+  Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CpuRunnerOptions& options);
+  Status allocate(const CpuRunnerOptions& options);
+  CpuStep step() const { return {&batch_->batch(), batch_->token_ids(), nullptr, 0}; }
+  void run_head(const CpuProgram& program, std::span<const SequenceStep> sequences);
+  void finish_rows(const CpuProgram& program, std::span<const SequenceStep> sequences, size_t begin, size_t end);
+
+  Capacity capacity_;
+  std::unique_ptr<ThreadPool> pool_;
+  CpuWeights weights_;
+  CpuProgram small_, large_;
+  std::optional<CpuProgram> mtp_;
+  CpuCaches caches_;
+  HostMemory arena_, workspace_;
+  CpuRank rank_;
+  std::optional<StepBatch> batch_;
+  const CpuProgram* last_ = nullptr;  // whose hidden rows are in the arena
+  std::vector<WantedRow> wanted_;
+  std::vector<int32_t> wanted_rows_;
+  std::vector<size_t> sequence_begins_;
+  std::vector<SequenceResult> results_;
+  bool in_flight_ = false;
+};
+
+}  // namespace tokenspeed::runtime

@@ -1,0 +1,161 @@
+// Plays the engine's part towards one Runner for a few sequences: gives them pages and state slots, runs whatever mix
+// of chunks a test asks for, and keeps every row's logits and the tokens.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "runtime/runner.h"
+
+namespace tokenspeed::runtime {
+
+struct Case {
+  std::vector<int32_t> prompt;
+  int32_t new_tokens = 0;
+  SamplingParameters sampling = {.temperature = 0};
+};
+
+struct Output {
+  std::vector<int32_t> tokens;
+  std::vector<float> logits;  // [prompt + tokens - 1 (or the prompt alone), vocabulary]
+  Status status;
+  bool operator==(const Output& other) const { return tokens == other.tokens && logits == other.logits; }
+};
+
+// Rows of one sequence in a step.
+struct Share {
+  size_t sequence = 0;
+  int32_t tokens = 1;
+};
+
+class Driver {
+ public:
+  // first_page and first_slot let several drivers share a Runner. Pages are dealt round robin, so that no sequence's
+  // lie side by side.
+  Driver(Runner* runner, std::vector<Case> cases, int32_t first_page = 0, int32_t first_slot = 0)
+      : runner_(runner), cases_(std::move(cases)), outputs_(cases_.size()) {
+    const Capacity& capacity = runner_->capacity();
+    int32_t page = first_page;
+    sequences_.resize(cases_.size());
+    for (size_t s = 0; s < cases_.size(); ++s) {
+      sequences_[s].ids = cases_[s].prompt;
+      sequences_[s].slot = first_slot + static_cast<int32_t>(s);
+    }
+    for (bool dealt = true; dealt;) {
+      dealt = false;
+      for (size_t s = 0; s < cases_.size(); ++s) {
+        const int64_t length = static_cast<int64_t>(cases_[s].prompt.size()) + cases_[s].new_tokens;
+        if (static_cast<int64_t>(sequences_[s].pages.size()) * capacity.page_size >= length) continue;
+        sequences_[s].pages.push_back(page++);
+        dealt = true;
+      }
+    }
+    EXPECT_LE(page, capacity.pages) << "the test needs more KV pages";
+  }
+
+  // Rows the sequence can still be given at once: the rest of its prompt, or one token; 0 when it is done.
+  int32_t remaining(size_t s) const {
+    const Sequence& sequence = sequences_[s];
+    if (!outputs_[s].status.ok()) return 0;
+    if (static_cast<size_t>(sequence.computed) < cases_[s].prompt.size()) {
+      return static_cast<int32_t>(cases_[s].prompt.size()) - sequence.computed;
+    }
+    return static_cast<int32_t>(outputs_[s].tokens.size()) < cases_[s].new_tokens ? 1 : 0;
+  }
+  bool done() const {
+    for (size_t s = 0; s < cases_.size(); ++s) {
+      if (remaining(s) > 0) return false;
+    }
+    return true;
+  }
+
+  void step(std::span<const Share> shares) {
+    const int64_t vocabulary = runner_->capacity().vocabulary_size;
+    std::vector<SequenceStep> steps;
+    for (const Share& share : shares) {
+      Sequence& sequence = sequences_[share.sequence];
+      Output& output = outputs_[share.sequence];
+      const Case& given = cases_[share.sequence];
+      const size_t end = static_cast<size_t>(sequence.computed + share.tokens);
+      output.logits.resize(end * static_cast<size_t>(vocabulary));
+      SequenceStep step;
+      step.tokens = std::span<const int32_t>(sequence.ids).subspan(sequence.computed, share.tokens);
+      step.context = sequence.computed;
+      step.pages = sequence.pages;
+      step.state_in = sequence.computed == 0 ? -1 : sequence.slot;
+      step.state_out = sequence.slot;
+      step.sample = end >= given.prompt.size() && given.new_tokens > 0;
+      step.sampling = &given.sampling;
+      step.prompt = given.prompt;
+      step.output = output.tokens;
+      step.logits_out = output.logits.data() + sequence.computed * vocabulary;
+      steps.push_back(step);
+    }
+    ASSERT_TRUE(run(steps));
+    for (size_t i = 0; i < shares.size(); ++i) take(shares[i], steps[i].sample, results_[i]);
+  }
+
+  // Every sequence in every step, prompts in chunks.
+  void run_together(int32_t chunk) {
+    while (!done() && !testing::Test::HasFatalFailure()) {
+      std::vector<Share> shares;
+      int32_t room = runner_->capacity().max_step_tokens;
+      for (size_t s = 0; s < cases_.size() && room > 0; ++s) {
+        const int32_t tokens = std::min({remaining(s), chunk, room});
+        if (tokens > 0) shares.push_back({s, tokens});
+        room -= tokens;
+      }
+      step(shares);
+    }
+  }
+  // One sequence after the other.
+  void run_alone(int32_t chunk) {
+    for (size_t s = 0; s < cases_.size(); ++s) {
+      while (remaining(s) > 0 && !testing::Test::HasFatalFailure()) {
+        const Share share{s, std::min({remaining(s), chunk, runner_->capacity().max_step_tokens})};
+        step({&share, 1});
+      }
+    }
+  }
+
+  const std::vector<Output>& outputs() const { return outputs_; }
+  std::span<const int32_t> pages(size_t s) const { return sequences_[s].pages; }
+  int32_t slot(size_t s) const { return sequences_[s].slot; }
+
+ private:
+  struct Sequence {
+    std::vector<int32_t> ids;  // prompt and output
+    std::vector<int32_t> pages;
+    int32_t slot = 0;
+    int32_t computed = 0;
+  };
+
+  testing::AssertionResult run(const std::vector<SequenceStep>& steps) {
+    Status status = runner_->submit(steps);
+    if (status.ok()) status = runner_->wait(&results_);
+    return status.ok() ? testing::AssertionSuccess() : testing::AssertionFailure() << status.message();
+  }
+
+  void take(const Share& share, bool sampled, const SequenceResult& result) {
+    Sequence& sequence = sequences_[share.sequence];
+    Output& output = outputs_[share.sequence];
+    sequence.computed += share.tokens;
+    output.status = result.status;
+    if (!sampled || !result.status.ok()) return;
+    EXPECT_GE(result.token, 0);
+    output.tokens.push_back(result.token);
+    sequence.ids.push_back(result.token);
+  }
+
+  Runner* runner_;
+  std::vector<Case> cases_;
+  std::vector<Sequence> sequences_;
+  std::vector<Output> outputs_;
+  std::vector<SequenceResult> results_;
+};
+
+}  // namespace tokenspeed::runtime
