@@ -1,5 +1,4 @@
 #include "server/chat_request.h"
-#include "server/json_text.h"
 
 namespace tokenspeed::server {
 namespace {
@@ -48,10 +47,7 @@ Status read_calls(Json& message, const std::string& field) {
     Json& arguments = function["arguments"];
     if (arguments.is_string()) {
       const auto text = arguments.get<std::string>();
-      if (text.empty())
-        arguments = Json::object();
-      else if (json_depth_within(text, 200))
-        arguments = Json::parse(text, nullptr, false);
+      arguments = text.empty() ? Json::object() : parse_json(text);
     }
     if (!arguments.is_object()) return bad_field(field, "holds a call whose arguments are not a JSON object");
   }
@@ -83,10 +79,8 @@ Result<Json> read_messages(const Json& body) {
   return messages;
 }
 
-Result<std::string> render_chat(const ServedModel& model, const Json& body, const Json& tools, bool generation_prompt) {
-  if (!model.tokenizer || !model.chat_template) {
-    return invalid_argument("This model has no tokenizer or chat template; use /v1/completions with token ids.");
-  }
+Result<std::string> render_chat(const text::ChatTemplate& chat_template, const Json& body, const Json& tools,
+                                bool generation_prompt) {
   Json values = Json::object();
   if (const auto extra = body.find("chat_template_kwargs"); extra != body.end() && !extra->is_null()) {
     if (!extra->is_object()) return bad_field("chat_template_kwargs", "must be an object");
@@ -95,9 +89,16 @@ Result<std::string> render_chat(const ServedModel& model, const Json& body, cons
   TS_ASSIGN_OR_RETURN(values["messages"], read_messages(body));
   if (!tools.empty()) values["tools"] = tools;
   values["add_generation_prompt"] = generation_prompt;
-  auto rendered = model.chat_template->render(values.dump(-1, ' ', false, Json::error_handler_t::replace));
+  auto rendered = chat_template.render(values.dump(-1, ' ', false, Json::error_handler_t::replace));
   if (!rendered.ok()) return Status(rendered.status()).with_param("messages");
   return rendered;
+}
+
+Result<const text::ChatTemplate*> chat_template_of(const ServedModel& model) {
+  if (!model.tokenizer || !model.chat_template) {
+    return invalid_argument("This model has no tokenizer or chat template; use /v1/completions with token ids.");
+  }
+  return &*model.chat_template;
 }
 
 }  // namespace tokenspeed::server

@@ -1,28 +1,11 @@
 #include "server/chat_request.h"
 
 #include "server/json_errors.h"
+#include "server/render.h"
 #include "server/router.h"
 
 namespace tokenspeed::server {
 namespace {
-
-Result<Json> read_tools(const Json& body) {
-  const auto at = body.find("tools");
-  if (at == body.end() || at->is_null()) return Json::array();
-  if (!at->is_array()) return bad_field("tools", "must be an array");
-  for (size_t i = 0; i < at->size(); ++i) {
-    const Json& tool = (*at)[i];
-    const std::string field = "tools[" + std::to_string(i) + "]";
-    if (!tool.is_object() || !tool.contains("type") || tool["type"] != "function") {
-      return bad_field(field, "must be an object of type 'function'");
-    }
-    if (!tool.contains("function") || !tool["function"].is_object() || !tool["function"].contains("name") ||
-        !tool["function"]["name"].is_string() || tool["function"]["name"].get_ref<const std::string&>().empty()) {
-      return bad_field(field + ".function.name", "must be a string that is not empty");
-    }
-  }
-  return *at;
-}
 
 std::vector<text::ToolSchema> schemas(const Json& tools) {
   std::vector<text::ToolSchema> out;
@@ -32,6 +15,14 @@ std::vector<text::ToolSchema> schemas(const Json& tools) {
     out.push_back({function["name"].get<std::string>(), parameters == function.end() ? "" : parameters->dump()});
   }
   return out;
+}
+
+// A schema that is not followed must not look as if it were.
+Status check_response_format(const Json& body) {
+  const auto at = body.find("response_format");
+  if (at == body.end() || at->is_null()) return {};
+  if (at->is_object() && at->contains("type") && (*at)["type"] == "text") return {};
+  return bad_field("response_format", "must be {\"type\":\"text\"}; this server does not constrain output yet");
 }
 
 struct ToolChoice {
@@ -95,17 +86,45 @@ Status read_logprobs(const Json& body, GenerationFields* fields) {
 
 }  // namespace
 
+Result<Json> read_tools(const Json& body) {
+  const auto at = body.find("tools");
+  if (at == body.end() || at->is_null()) return Json::array();
+  if (!at->is_array()) return bad_field("tools", "must be an array");
+  for (size_t i = 0; i < at->size(); ++i) {
+    const Json& tool = (*at)[i];
+    const std::string field = "tools[" + std::to_string(i) + "]";
+    if (!tool.is_object() || !tool.contains("type") || tool["type"] != "function") {
+      return bad_field(field, "must be an object of type 'function'");
+    }
+    if (!tool.contains("function") || !tool["function"].is_object() || !tool["function"].contains("name") ||
+        !tool["function"]["name"].is_string() || tool["function"]["name"].get_ref<const std::string&>().empty()) {
+      return bad_field(field + ".function.name", "must be a string that is not empty");
+    }
+  }
+  return *at;
+}
+
+Result<std::string> render_chat_request(const text::ChatTemplate& chat_template, const std::string& request_json) {
+  TS_ASSIGN_OR_RETURN(const Json body, parse_body(request_json));
+  TS_ASSIGN_OR_RETURN(const Json tools, read_tools(body));
+  bool generation_prompt = true;
+  TS_RETURN_IF_ERROR(read_flag(body, "add_generation_prompt", &generation_prompt));
+  return render_chat(chat_template, body, tools, generation_prompt);
+}
+
 Result<GenerationRequest> read_chat_request(const ServerContext& context, const std::string& text) {
   TS_ASSIGN_OR_RETURN(const Json body, parse_body(text));
   GenerationRequest request;
   request.chat = true;
   TS_ASSIGN_OR_RETURN(request.fields, read_generation_fields(body, context));
   TS_RETURN_IF_ERROR(read_logprobs(body, &request.fields));
+  TS_RETURN_IF_ERROR(check_response_format(body));
   TS_RETURN_IF_ERROR(read_flag(body, "parallel_tool_calls", &request.parallel_tool_calls));
   TS_ASSIGN_OR_RETURN(Json tools, read_tools(body));
   TS_ASSIGN_OR_RETURN(const ToolChoice choice, read_tool_choice(body, tools));
   if (choice.none) tools = Json::array();
-  TS_ASSIGN_OR_RETURN(std::string prompt, render_chat(context.model, body, tools, true));
+  TS_ASSIGN_OR_RETURN(const text::ChatTemplate* chat_template, chat_template_of(context.model));
+  TS_ASSIGN_OR_RETURN(std::string prompt, render_chat(*chat_template, body, tools, true));
   request.parser.tools = schemas(tools);
   request.parser.parse_tool_calls = !tools.empty();
   request.parser.starts_in_reasoning = prompt.ends_with("<think>\n");

@@ -1,6 +1,7 @@
 // One choice of an answer while it is generated.
 #pragma once
 
+#include <chrono>
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,7 +33,8 @@ struct Choice {
   std::vector<Call> calls;
   int64_t cached_tokens = 0;
   size_t text_offset = 0;  // of the next token, in characters (completions' logprobs)
-  bool started = false;    // its first chunk is written
+  std::chrono::steady_clock::time_point last_token{};
+  bool started = false;  // its first chunk is written
   bool finished = false;
   std::string finish_reason;
 };

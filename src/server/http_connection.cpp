@@ -7,8 +7,8 @@
 #include <boost/beast/http/read.hpp>
 #include <boost/beast/http/status.hpp>
 #include <charconv>
-#include <chrono>
 
+#include "base/log.h"
 #include "server/json_errors.h"
 
 namespace tokenspeed::server {
@@ -16,18 +16,17 @@ namespace {
 
 namespace asio = boost::asio;
 namespace http = boost::beast::http;
-constexpr size_t kMaxUnsentBytes = 4 << 20;
+constexpr std::string_view kContinue = "HTTP/1.1 100 Continue\r\n\r\n";
 constexpr size_t kMaxReadAhead = 64 << 10;
 constexpr uint32_t kMaxHeaderBytes = 32 << 10;
-constexpr auto kRequestTimeout = std::chrono::seconds(120);  // idle keep-alive and a request that trickles in
 
 }  // namespace
 
-HttpConnection::HttpConnection(std::shared_ptr<asio::io_context> context, Tcp::socket socket, size_t max_body_bytes,
+HttpConnection::HttpConnection(std::shared_ptr<asio::io_context> context, Tcp::socket socket, ConnectionLimits limits,
                                Handler handler)
     : context_(std::move(context)),
       stream_(std::move(socket)),
-      max_body_bytes_(max_body_bytes),
+      limits_(limits),
       handler_(std::move(handler)),
       buffer_(kMaxHeaderBytes + kMaxReadAhead) {
   boost::beast::error_code ignored;
@@ -46,8 +45,26 @@ void HttpConnection::read_request() {
   if (closed_) return;
   parser_.emplace();
   parser_->header_limit(kMaxHeaderBytes);
-  parser_->body_limit(max_body_bytes_);
-  stream_.expires_after(kRequestTimeout);
+  parser_->body_limit(limits_.max_body_bytes);
+  stream_.expires_after(limits_.timeout);
+  http::async_read_header(stream_, buffer_, *parser_,
+                          [self = shared_from_this()](boost::beast::error_code error, size_t) {
+                            if (error || self->closed_) return self->on_request(error);
+                            self->read_body();
+                          });
+}
+
+void HttpConnection::read_body() {
+  const auto& message = parser_->get();
+  if (boost::beast::iequals(message[http::field::expect], "100-continue") && !parser_->is_done()) {
+    asio::async_write(stream_, asio::buffer(kContinue),
+                      [self = shared_from_this()](boost::beast::error_code, size_t) { self->read_rest(); });
+  } else {
+    read_rest();
+  }
+}
+
+void HttpConnection::read_rest() {
   http::async_read(stream_, buffer_, *parser_,
                    [self = shared_from_this()](boost::beast::error_code error, size_t) { self->on_request(error); });
 }
@@ -59,13 +76,14 @@ void HttpConnection::on_request(boost::beast::error_code error) {
                            error != http::error::end_of_stream && error != http::error::partial_message;
   if (error && !bad_request) return shut();
   answering_ = true;
-  ended_ = false;
+  begun_ = ended_ = false;
   if (error) {
     keep_alive_ = false;
     head_only_ = false;
     if (error == http::error::body_limit) {
-      reply_http_error(*this, 413,
-                       "The request body is larger than " + std::to_string(max_body_bytes_) + " bytes; send less.", "");
+      reply_http_error(
+          *this, 413,
+          "The request body is larger than " + std::to_string(limits_.max_body_bytes) + " bytes; send less.", "");
     } else if (error == http::error::header_limit || error == http::error::buffer_overflow) {
       reply_http_error(*this, 431, "The request's headers are larger than 32 KiB; send fewer.", "");
     } else {
@@ -83,7 +101,18 @@ void HttpConnection::on_request(boost::beast::error_code error) {
   request.authorization = std::string(message[http::field::authorization]);
   request.body = std::move(message.body());
   watch_for_close();
-  handler_(std::move(request), *this);
+  guarded([&] { handler_(std::move(request), *this); });
+}
+
+void HttpConnection::guarded(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    spdlog::error("A request failed: {}", error.what());
+    work_.reset();
+    if (begun_) return shut();
+    reply_http_error(*this, 500, std::string("The server failed on this request: ") + error.what() + ".", "");
+  }
 }
 
 // Reads ahead while an answer is under way: the end of the stream means that the client left.
@@ -111,11 +140,12 @@ void HttpConnection::reply(int status, std::string_view content_type, std::strin
   out += extra_headers;
   out += keep_alive_ ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n";
   if (!head_only_) out += body;
-  ended_ = true;
+  begun_ = ended_ = true;
   enqueue(std::move(out));
 }
 
 void HttpConnection::begin_stream() {
+  begun_ = true;
   if (!chunked_) keep_alive_ = false;
   std::string out = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n";
   if (chunked_) out += "Transfer-Encoding: chunked\r\n";
@@ -125,7 +155,7 @@ void HttpConnection::begin_stream() {
 
 void HttpConnection::write(std::string_view data) {
   if (data.empty() || closed_) return;
-  if (unsent_ > kMaxUnsentBytes) return shut();
+  if (unsent_ > limits_.max_unsent_bytes) return shut();
   if (!chunked_) return enqueue(std::string(data));
   char size[20];
   const auto end = std::to_chars(size, size + sizeof(size), data.size(), 16).ptr;
@@ -144,7 +174,7 @@ Exchange::Poster HttpConnection::poster() {
   // The poster is kept by engine sinks, which may outlive the server: it shares the context that its strand runs in.
   return [context = context_, executor = stream_.get_executor(), weak = weak_from_this()](std::function<void()> call) {
     asio::post(executor, [weak, call = std::move(call)] {
-      if (const auto self = weak.lock(); self != nullptr && !self->closed_) call();
+      if (const auto self = weak.lock(); self != nullptr && !self->closed_) self->guarded(call);
     });
   };
 }
@@ -162,6 +192,7 @@ void HttpConnection::enqueue(std::string data) {
 
 void HttpConnection::write_next() {
   writing_ = true;
+  stream_.expires_after(limits_.timeout);  // of the write; a read that is under way keeps its own
   asio::async_write(stream_, asio::buffer(queue_.front()),
                     [self = shared_from_this()](boost::beast::error_code error, size_t) {
                       self->writing_ = false;
@@ -176,8 +207,7 @@ void HttpConnection::write_next() {
 
 void HttpConnection::answer_done() {
   work_.reset();
-  answering_ = false;
-  ended_ = false;
+  answering_ = begun_ = ended_ = false;
   if (!keep_alive_) return shut();
   if (watching_) {
     stream_.cancel();  // its handler reads the next request

@@ -1,6 +1,6 @@
 #include "server/json_text.h"
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 
 namespace tokenspeed::server {
@@ -78,7 +78,8 @@ std::string json_quoted(std::string_view text) {
   return out;
 }
 
-bool json_depth_within(std::string_view text, int limit) {
+bool json_within_limits(std::string_view text) {
+  std::array<int, kMaxJsonDepth + 1> colons{};  // one for each member of the object at this depth
   int depth = 0;
   bool quoted = false;
   for (size_t i = 0; i < text.size(); ++i) {
@@ -91,9 +92,12 @@ bool json_depth_within(std::string_view text, int limit) {
     } else if (c == '"') {
       quoted = true;
     } else if (c == '{' || c == '[') {
-      if (++depth > limit) return false;
+      if (++depth > kMaxJsonDepth) return false;
+      colons[depth] = 0;
     } else if (c == '}' || c == ']') {
-      --depth;
+      if (--depth < 0) return true;  // malformed, and the parser stops here
+    } else if (c == ':') {
+      if (++colons[depth] > kMaxJsonMembers) return false;
     }
   }
   return true;

@@ -10,8 +10,11 @@ namespace tokenspeed::server {
 void append_json_escaped(std::string& out, std::string_view text);
 std::string json_quoted(std::string_view text);
 
-// Whether brackets nest at most `limit` deep; strings are skipped. Linear, constant memory.
-bool json_depth_within(std::string_view text, int limit);
+// Whether brackets nest at most kMaxJsonDepth deep and no object has more than kMaxJsonMembers members: the parser
+// recurses, and finds a member by looking at all. Linear, constant memory; says nothing about malformed JSON.
+constexpr int kMaxJsonDepth = 200;
+constexpr int kMaxJsonMembers = 4096;
+bool json_within_limits(std::string_view text);
 bool is_utf8(std::string_view text);
 
 }  // namespace tokenspeed::server

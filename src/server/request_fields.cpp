@@ -8,7 +8,6 @@
 namespace tokenspeed::server {
 namespace {
 
-constexpr int kMaxDepth = 200;
 constexpr size_t kMaxStops = 16;
 
 const Json* find(const Json& body, const char* field) {
@@ -27,21 +26,22 @@ std::string plain(double value) {
   return std::string(text, std::to_chars(text, text + sizeof(text), value).ptr);
 }
 
+Status add_stop(const Json& item, std::vector<std::string>* out) {
+  if (!item.is_string()) return bad_field("stop", "must hold strings only, not " + shown(item));
+  if (item.get_ref<const std::string&>().empty()) return bad_field("stop", "must not hold an empty string");
+  out->push_back(item.get<std::string>());
+  return {};
+}
+
 Status read_stop(const Json& body, std::vector<std::string>* out) {
   const Json* stop = find(body, "stop");
   if (stop == nullptr) return {};
-  if (stop->is_string()) {
-    out->push_back(stop->get<std::string>());
-    return {};
-  }
+  if (stop->is_string()) return add_stop(*stop, out);
   if (!stop->is_array()) return bad_field("stop", "must be a string or an array of strings, not " + shown(*stop));
   if (stop->size() > kMaxStops) {
     return bad_field("stop", "has " + std::to_string(stop->size()) + " strings; at most 16 are allowed");
   }
-  for (const Json& item : *stop) {
-    if (!item.is_string()) return bad_field("stop", "must hold strings only, not " + shown(item));
-    out->push_back(item.get<std::string>());
-  }
+  for (const Json& item : *stop) TS_RETURN_IF_ERROR(add_stop(item, out));
   return {};
 }
 
@@ -89,12 +89,20 @@ Status bad_field(std::string_view field, const std::string& problem) {
   return invalid_argument("'" + std::string(field) + "' " + problem + ".").with_param(std::string(field));
 }
 
+Json parse_json(std::string_view text) {
+  // The JSON reader takes a zero byte for the end.
+  if (!json_within_limits(text) || text.find('\0') != std::string_view::npos) return Json::value_t::discarded;
+  return Json::parse(text, nullptr, false);
+}
+
 Result<Json> parse_body(std::string_view body) {
   if (!is_utf8(body)) return invalid_argument("The request body is not valid UTF-8.");
-  if (!json_depth_within(body, kMaxDepth)) {
-    return invalid_argument("The request body nests deeper than 200 levels; send a flatter one.");
+  if (!json_within_limits(body)) {
+    return invalid_argument(
+        "The request body nests deeper than 200 levels or has an object of more than 4096 members; send "
+        "a smaller one.");
   }
-  Json json = Json::parse(body, nullptr, false);
+  Json json = parse_json(body);
   if (json.is_discarded()) return invalid_argument("The request body is not valid JSON.");
   if (!json.is_object()) return invalid_argument("The request body must be a JSON object, not " + shown(json) + ".");
   return json;

@@ -15,6 +15,8 @@ namespace tokenspeed::server {
 using Json = nlohmann::ordered_json;  // tools reach the template with their keys in the order given
 
 Status bad_field(std::string_view field, const std::string& problem);
+// Discarded: malformed, or beyond json_within_limits.
+Json parse_json(std::string_view text);
 // Errors: malformed JSON, invalid UTF-8, nesting over 200, not an object.
 Result<Json> parse_body(std::string_view body);
 // An absent or null field leaves `out` as it is.

@@ -1,7 +1,6 @@
 #include "server/router.h"
 
 #include "server/json_errors.h"
-#include "server/json_text.h"
 
 namespace tokenspeed::server {
 namespace {
@@ -44,7 +43,9 @@ constexpr Route kRoutes[] = {
     {"GET", "/v1/models",
      [](ServerContext& c, const HttpRequest&, Exchange& e) { e.reply(200, kJson, models_json(c)); }},
     {"GET", "/version",
-     [](ServerContext&, const HttpRequest&, Exchange& e) { e.reply(200, kJson, "{\"version\":\"0.1.0\"}"); }},
+     [](ServerContext&, const HttpRequest&, Exchange& e) {
+       e.reply(200, kJson, "{\"version\":\"" TOKENSPEED_VERSION "\"}");
+     }},
     {"GET", "/metrics",
      [](ServerContext& c, const HttpRequest&, Exchange& e) {
        e.reply(200, "text/plain; version=0.0.4", c.metrics.render(c.engine.statistics()));

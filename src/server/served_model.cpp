@@ -1,30 +1,32 @@
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <nlohmann/json.hpp>
 
-#include "server/server.h"
+#include "server/request_fields.h"
 
 namespace tokenspeed::server {
 namespace {
 
-using Json = nlohmann::json;
+// What a request may not ask for is no default either.
+Status read_defaults(const Json& json, ServedModel::SamplingDefaults* out) {
+  float top_k = static_cast<float>(out->top_k);
+  TS_RETURN_IF_ERROR(read_number(json, "temperature", 0, 2, &out->temperature));
+  TS_RETURN_IF_ERROR(read_number(json, "top_p", 1e-6, 1, &out->top_p));
+  TS_RETURN_IF_ERROR(read_number(json, "top_k", -1, 1 << 24, &top_k));
+  TS_RETURN_IF_ERROR(read_number(json, "min_p", 0, 1, &out->min_p));
+  TS_RETURN_IF_ERROR(read_number(json, "repetition_penalty", 0.01, 10, &out->repetition_penalty));
+  TS_RETURN_IF_ERROR(read_number(json, "presence_penalty", -2, 2, &out->presence_penalty));
+  out->top_k = std::max(0, static_cast<int>(top_k));
+  return {};
+}
 
 Status read_generation_config(const std::filesystem::path& path, ServedModel* model) {
   std::ifstream file(path, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   const Json json = Json::parse(text, nullptr, false);
   if (!json.is_object()) return data_loss(path.string() + " is not a JSON object; repair or remove it.");
-  const auto number = [&](const char* key, auto* out) {
-    const auto at = json.find(key);
-    if (at != json.end() && at->is_number()) *out = at->get<std::remove_pointer_t<decltype(out)>>();
-  };
-  number("temperature", &model->defaults.temperature);
-  number("top_p", &model->defaults.top_p);
-  number("top_k", &model->defaults.top_k);
-  number("min_p", &model->defaults.min_p);
-  number("repetition_penalty", &model->defaults.repetition_penalty);
-  number("presence_penalty", &model->defaults.presence_penalty);
+  TS_RETURN_IF_ERROR(read_defaults(json, &model->defaults).with_context(path.string()));
   const auto stop = json.find("eos_token_id");
   if (stop == json.end()) return {};
   for (const Json& id : stop->is_array() ? *stop : Json::array({*stop})) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <mutex>
 #include <thread>
@@ -17,6 +18,7 @@ namespace {
 
 namespace asio = boost::asio;
 using Tcp = asio::ip::tcp;
+constexpr auto kAcceptRetry = std::chrono::milliseconds(100);
 
 }  // namespace
 
@@ -69,6 +71,7 @@ class Server::Impl {
     asio::post(acceptor_.get_executor(), [this] {
       boost::system::error_code ignored;
       acceptor_.close(ignored);
+      retry_.cancel();
       for (const auto& weak : connections_) {
         if (const auto connection = weak.lock()) connection->close();
       }
@@ -84,14 +87,19 @@ class Server::Impl {
     acceptor_.async_accept(asio::make_strand(*io_), [this](boost::system::error_code error, Tcp::socket socket) {
       if (!acceptor_.is_open()) return;
       if (!error) add(std::move(socket));
-      accept();
+      if (!error) return accept();
+      // Out of file descriptors, most likely: waiting for connections to end beats spinning.
+      retry_.expires_after(kAcceptRetry);
+      retry_.async_wait([this](boost::system::error_code cancelled) {
+        if (!cancelled && acceptor_.is_open()) accept();
+      });
     });
   }
 
   void add(Tcp::socket socket) {
     std::erase_if(connections_, [](const auto& weak) { return weak.expired(); });
     auto connection = std::make_shared<HttpConnection>(
-        io_, std::move(socket), context_.options.max_body_bytes,
+        io_, std::move(socket), ConnectionLimits{.max_body_bytes = context_.options.max_body_bytes},
         [this](HttpRequest&& request, Exchange& exchange) { route(context_, std::move(request), exchange); });
     connections_.push_back(connection);
     connection->start();
@@ -101,6 +109,7 @@ class Server::Impl {
   std::shared_ptr<asio::io_context> io_;
   asio::executor_work_guard<asio::io_context::executor_type> guard_ = asio::make_work_guard(*io_);
   Tcp::acceptor acceptor_;
+  asio::steady_timer retry_{acceptor_.get_executor()};
   std::vector<std::weak_ptr<HttpConnection>> connections_;  // on the acceptor's strand
   std::vector<std::thread> threads_;
   std::mutex stop_mutex_;

@@ -17,9 +17,9 @@ Result<std::string> tokenize(const ServerContext& context, const std::string& te
   TS_RETURN_IF_ERROR(read_flag(body, "add_generation_prompt", &generation_prompt));
   std::string prompt;
   if (body.contains("messages")) {
-    const auto tools = body.find("tools");
-    TS_ASSIGN_OR_RETURN(prompt,
-                        render_chat(model, body, tools == body.end() ? Json::array() : *tools, generation_prompt));
+    TS_ASSIGN_OR_RETURN(const Json tools, read_tools(body));
+    TS_ASSIGN_OR_RETURN(const text::ChatTemplate* chat_template, chat_template_of(model));
+    TS_ASSIGN_OR_RETURN(prompt, render_chat(*chat_template, body, tools, generation_prompt));
   } else {
     const auto at = body.find("prompt");
     if (at == body.end() || !at->is_string()) return bad_field("prompt", "must be a string");

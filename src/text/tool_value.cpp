@@ -115,6 +115,7 @@ bool too_deep(std::string_view json) {
 std::optional<std::string> container_json(std::string_view text) {
   text = trim(text);
   if (text.empty() || std::string_view("{[(").find(text[0]) == std::string_view::npos) return std::nullopt;
+  if (text.find('\0') != std::string_view::npos) return std::nullopt;  // the JSON reader would stop there, content
   if (Json::accept(text)) return too_deep(text) ? std::nullopt : std::optional(with_python_separators(text));
   return python_literal_to_json(text);
 }

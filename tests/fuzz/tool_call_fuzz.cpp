@@ -1,5 +1,6 @@
-// The output parser on arbitrary text: any chunking must give the result of the whole text, and the arguments of every
-// call must be a JSON object. Byte 0 of the input chooses the options, byte 1 the cuts.
+// The output parser on arbitrary UTF-8 text (which is all a detokenizer gives it): any chunking must give the result of
+// the whole text, and the arguments of every call must be a JSON object. Byte 0 of the input chooses the options, byte
+// 1 the cuts.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "text/output_parser.h"
+#include "text/unicode.h"
 
 namespace {
 
@@ -57,7 +59,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 2) return 0;
   const OutputParserOptions options = options_of(data[0]);
   const size_t piece = data[1] % 16 + 1;
-  const std::string text(reinterpret_cast<const char*>(data) + 2, size - 2);
+  std::string text;
+  tokenspeed::text::append_repaired_utf8({reinterpret_cast<const char*>(data) + 2, size - 2}, false, text);
 
   Joined whole;
   OutputParser at_once(options, 1);

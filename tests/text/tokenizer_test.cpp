@@ -153,29 +153,5 @@ TEST(DetokenizerTest, replaces_as_unicode_recommends) {
   EXPECT_EQ(decode("\xc0\x80\xf0\x80"), r + r + r + r);
 }
 
-// A short text repeated, so the words are warm: fresh text runs at about half of this.
-TEST(TokenizerTest, prints_its_speed) {
-  std::string text;
-  for (const char* path : {"/models/demo/README.md", "/tests/goldens/README.md", "/src/base/status.h"}) {
-    text += read_file(kSource + path).value();
-  }
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(kSource + "/docs")) {
-    if (entry.path().extension() == ".md") text += read_file(entry.path().string()).value();
-  }
-  const std::string unit = text;
-  while (text.size() < 4000000) text += unit;
-  const auto measure = [&](const char* name, const Tokenizer& tokenizer) {
-    const auto start = std::chrono::steady_clock::now();
-    const size_t count = tokenizer.encode(text).value().size();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    std::cout << name << ": " << text.size() / seconds.count() / 1e6 << " MB/s, " << count << " tokens\n";
-  };
-  measure("demo vocabulary", demo());
-  if (!std::filesystem::exists(kQwen35 + "tokenizer.json")) return;
-  const auto qwen = Tokenizer::load(kQwen35 + "tokenizer.json");
-  measure("Qwen3.5 vocabulary, cold", *qwen);
-  measure("Qwen3.5 vocabulary, warm", *qwen);
-}
-
 }  // namespace
 }  // namespace tokenspeed::text

@@ -57,6 +57,7 @@ TEST(ToolValue, Booleans) {
 
 TEST(ToolValue, Containers) {
   const std::string array = R"({"type":"array"})";
+  EXPECT_EQ(convert(array, std::string_view("[1]\0[", 5)), R"("[1]\u0000[")");
   EXPECT_EQ(convert(array, R"( [1,"a,b:\"", {"k":[ ]}] )"), R"([1, "a,b:\"", {"k": []}])");
   EXPECT_EQ(convert(array, "[12345678901234567890123, 1.0]"), "[12345678901234567890123, 1.0]");
   EXPECT_EQ(convert(array, "['it', \"x'y\", True, None, (1, -2.5,),]"), R"(["it", "x'y", true, null, [1, -2.5]])");
