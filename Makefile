@@ -36,8 +36,10 @@ test: dependencies
 test-long:
 	ctest --test-dir build/release -L long --output-on-failure
 
-test-client: build
-	python3 tests/server/openai_client_test.py --binary build/tokenspeed
+# OpenAI's own Python client against the demo model.
+test-client: build development-dependencies
+	python3 -m venv build/venv && build/venv/bin/pip install --quiet openai
+	build/venv/bin/python tests/server/openai_client_test.py --binary build/tokenspeed
 
 # The fast set under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitizers: dependencies
