@@ -1,0 +1,448 @@
+// Times the kernels for few tokens on random weights: each op alone against the measured read bandwidth, and the whole
+// step of a model shape as one graph, with every kind of op left out in turn (what the op costs inside the step).
+//
+//   ops_bench [--model 35b|4b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--quick]
+//
+// Every layer has weights of its own, so nothing is found in L2 that a real step would not find there. Times are medians
+// of event-timed graph replays after warm-up. "alone": each launch waits for the one before; "chained": launches of the
+// same op overlap as they would between layers (weights fetched ahead).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/decode.h"
+
+namespace {
+
+using namespace tokenspeed;
+using namespace tokenspeed::kernels;
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  exit(1);
+}
+void require(const Status& status) {
+  if (status.ok()) return;
+  fprintf(stderr, "%s\n", status.to_string().c_str());
+  exit(1);
+}
+
+__device__ uint32_t hash(uint64_t x) {
+  x ^= x >> 31;
+  x *= 0x9E3779B97F4A7C15ull;
+  x ^= x >> 29;
+  x *= 0xBF58476D1CE4E5B9ull;
+  return static_cast<uint32_t>(x >> 32);
+}
+enum class Fill { kFp8, kBf16, kFloat };
+__global__ void fill_kernel(uint32_t* out, int64_t words, Fill fill, float scale, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < words; i += gridDim.x * int64_t{blockDim.x}) {
+    const uint32_t a = hash(seed + 2 * i), b = hash(seed + 2 * i + 1);
+    const auto uniform = [scale](uint32_t bits) { return (static_cast<float>(bits >> 8) * 0x1p-23f - 1.0f) * scale; };
+    if (fill == Fill::kFp8) {
+      out[i] = a & 0xf7f7f7f7u;  // no NaN codes
+    } else if (fill == Fill::kBf16) {
+      out[i] = (__float_as_uint(uniform(a)) >> 16) | (__float_as_uint(uniform(b)) & 0xffff0000u);
+    } else {
+      out[i] = __float_as_uint(uniform(a));
+    }
+  }
+}
+__global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
+  uint32_t sum = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} * 8 + threadIdx.x; i < count; i += gridDim.x * int64_t{blockDim.x} * 8) {
+    uint4 v[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = i + j * blockDim.x < count ? __ldcs(from + i + j * blockDim.x) : uint4{};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  if (sum == 0x12345678u) *sink = sum;
+}
+
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : bytes_(bytes) { require(cudaMalloc(&base_, static_cast<size_t>(bytes)), "cudaMalloc"); }
+  ~Arena() { cudaFree(base_); }
+  void* take(int64_t bytes) {
+    void* const at = base_ + used_;
+    used_ += (bytes + 255) / 256 * 256;
+    if (used_ > bytes_) {
+      fprintf(stderr, "the arena of %.1f GB is too small\n", static_cast<double>(bytes_) * 1e-9);
+      exit(1);
+    }
+    return at;
+  }
+  void* filled(int64_t bytes, Fill fill, float scale) {
+    void* const at = take(bytes);
+    fill_kernel<<<2048, 256>>>(static_cast<uint32_t*>(at), (bytes + 3) / 4, fill, scale, seed_ += 0x1234567);
+    return at;
+  }
+  float* floats(int64_t count, float scale) { return static_cast<float*>(filled(count * 4, Fill::kFloat, scale)); }
+  Rows rows(int64_t count, int64_t columns, DType dtype = DType::kBFloat16) {
+    const bool wide = dtype == DType::kFloat32;
+    return {filled(count * columns * (wide ? 4 : 2), wide ? Fill::kFloat : Fill::kBf16, 1.0f), dtype, columns};
+  }
+  Matrix matrix(int64_t n, int64_t k, bool fp8, int64_t count = 1) {
+    Matrix m;
+    m.n = n;
+    m.k = k;
+    m.dtype = fp8 ? DType::kFloat8E4M3 : DType::kBFloat16;
+    m.data = filled(n * k * count * (fp8 ? 1 : 2), fp8 ? Fill::kFp8 : Fill::kBf16, 0.03f);
+    if (fp8) {
+      // Positive scales near 1e-4: random codes have a deviation of about 150.
+      const int64_t blocks = (n + 127) / 128 * ((k + 127) / 128) * count;
+      std::vector<float> scales(static_cast<size_t>(blocks), 1.2e-4f);
+      float* const at = static_cast<float*>(take(blocks * 4));
+      require(cudaMemcpy(at, scales.data(), scales.size() * 4, cudaMemcpyHostToDevice), "cudaMemcpy");
+      m.scale = at;
+    }
+    return m;
+  }
+  template <typename T>
+  T* upload(const std::vector<T>& values) {
+    T* const at = static_cast<T*>(take(static_cast<int64_t>(values.size() * sizeof(T))));
+    require(cudaMemcpy(at, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+    return at;
+  }
+
+ private:
+  std::byte* base_ = nullptr;
+  int64_t bytes_;
+  int64_t used_ = 0;
+  uint64_t seed_ = 1;
+};
+
+struct Model {
+  const char* name;
+  int64_t hidden, layers, query_heads, kv_heads, key_heads, value_heads, experts, top_k, width, shared_width, vocabulary;
+};
+constexpr Model kModels[] = {
+    {"35b", 2048, 40, 16, 2, 16, 32, 256, 8, 512, 512, 248320},
+    {"0.8b", 1024, 24, 8, 2, 16, 16, 0, 0, 0, 3584, 248320},
+    {"4b", 2560, 32, 16, 4, 16, 32, 0, 0, 0, 9216, 248320},
+    {"9b", 4096, 32, 32, 4, 16, 32, 0, 0, 0, 12288, 248320},
+    {"27b", 5120, 64, 24, 4, 16, 48, 0, 0, 0, 17408, 248320},
+    {"397b-tp8", 4096, 60, 4, 1, 2, 8, 512, 10, 128, 128, 31040},
+};
+
+struct Options {
+  Model model = kModels[0];
+  bool fp8 = true;
+  int64_t rows = 1;
+  int64_t context = 128;
+  bool quick = false;
+};
+
+// One step's ops by kind, in order.
+struct Op {
+  const char* kind;
+  int64_t bytes;
+  std::function<Status(const cuda::Launch&)> launch;
+};
+
+double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, bool dependent, int repeats) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (const Op* op : ops) require(op->launch({stream, dependent}));
+  require(cudaStreamEndCapture(stream, &graph), "end capture");
+  require(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  std::vector<float> times;
+  for (int i = 0; i < repeats + 3; ++i) {
+    require(cudaEventRecord(begin, stream), "record");
+    require(cudaGraphLaunch(exec, stream), "launch");
+    require(cudaEventRecord(end, stream), "record");
+    require(cudaEventSynchronize(end), "synchronize");
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
+    if (i >= 3) times.push_back(ms);
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2] * 1e3;
+}
+
+double read_bandwidth(cudaStream_t stream, const void* from, int64_t bytes, uint32_t* sink) {
+  std::vector<float> times;
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  for (int i = 0; i < 8; ++i) {
+    cudaEventRecord(begin, stream);
+    read_kernel<<<2048, 512, 0, stream>>>(static_cast<const uint4*>(from), bytes / 16, sink);
+    cudaEventRecord(end, stream);
+    cudaEventSynchronize(end);
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
+    if (i >= 2) times.push_back(ms);
+  }
+  std::sort(times.begin(), times.end());
+  return static_cast<double>(bytes) / (times[times.size() / 2] * 1e-3);
+}
+
+class Step {
+ public:
+  explicit Step(const Options& o) : o_(o), arena_(arena_bytes(o)) { build(); }
+  const std::vector<Op>& ops() const { return ops_; }
+
+ private:
+  static int64_t arena_bytes(const Options& o) {
+    const Model& m = o.model;
+    const int64_t element = o.fp8 ? 1 : 2;
+    const int64_t experts = 3 * m.hidden * (m.experts * m.width + m.shared_width) * element;
+    const int64_t mixer = (m.key_heads * 256 + m.value_heads * 384 + m.query_heads * 768) * m.hidden * element * 2;
+    const int64_t state = m.value_heads * 65536 * o.rows * 2;
+    return m.layers * (experts + mixer + state + (64 << 20)) + m.vocabulary * m.hidden * 2 + (int64_t{3} << 30) +
+           m.layers / 4 * (o.context + 4096) * m.kv_heads * 1024 * o.rows;
+  }
+
+  void add(const char* kind, int64_t bytes, std::function<Status(const cuda::Launch&)> launch) {
+    ops_.push_back({kind, bytes, std::move(launch)});
+  }
+  void linear(const char* kind, Rows x, const float* norm, Rows normed, std::vector<cuda::DecodeSegment> segments) {
+    cuda::DecodeLinear args;
+    args.rows = o_.rows;
+    args.x = x;
+    args.norm_weight = norm;
+    args.normed = normed;
+    int64_t bytes = 0;
+    for (const cuda::DecodeSegment& s : segments) {
+      args.segments[args.segment_count++] = s;
+      bytes += s.weight.n * s.weight.k * static_cast<int64_t>(dtype_size(s.weight.dtype));
+    }
+    add(kind, bytes, [args](const cuda::Launch& launch) { return cuda::decode_linear(args, launch); });
+  }
+
+  void build() {
+    const Model& m = o_.model;
+    const int64_t rows = o_.rows;
+    const int64_t page = 64;
+    const int64_t pages = (o_.context + rows + page - 1) / page;
+    std::vector<int32_t> table, position, sequence;
+    for (int64_t i = 0; i < pages; ++i) table.push_back(static_cast<int32_t>(i));
+    for (int64_t t = 0; t < rows; ++t) {
+      position.push_back(static_cast<int32_t>(o_.context + t));
+      sequence.push_back(0);
+    }
+    SequenceBatch batch;  // one sequence with `rows` new tokens
+    batch.sequences = 1;
+    batch.tokens = static_cast<int32_t>(rows);
+    batch.token_begin = arena_.upload<int32_t>({0, static_cast<int32_t>(rows)});
+    batch.context = arena_.upload<int32_t>({static_cast<int32_t>(o_.context)});
+    batch.position = arena_.upload(position);
+    batch.sequence = arena_.upload(sequence);
+    batch.page_table = arena_.upload(table);
+    batch.page_table_stride = pages;
+    batch.state_in = arena_.upload<int32_t>({0});
+    batch.state_out = batch.state_in;
+
+    const Rows x = arena_.rows(rows, m.hidden);
+    const Rows normed = arena_.rows(rows, m.hidden);
+    const GdnShape gdn{m.key_heads, m.value_heads, 128, 128, 4};
+    const int64_t channels = gdn.channels(), values = m.value_heads * 128;
+    const Rows qkv = arena_.rows(rows, channels), z = arena_.rows(rows, values), b = arena_.rows(rows, 128), a = arena_.rows(rows, 128);
+    AttentionShape attention;
+    attention.query_heads = m.query_heads;
+    attention.kv_heads = m.kv_heads;
+    const Rows q_gate = arena_.rows(rows, m.query_heads * 512), key = arena_.rows(rows, m.kv_heads * 256),
+               value = arena_.rows(rows, m.kv_heads * 256);
+    const Rows mixed = arena_.rows(rows, std::max(values, m.query_heads * 256));
+    const Rows router = arena_.rows(rows, std::max<int64_t>(m.experts, 8), DType::kFloat32);
+    const Rows gate = arena_.rows(rows, 8, DType::kFloat32);
+    void* const h = arena_.take(rows * (m.top_k + 1) * std::max(m.width, m.shared_width) * 2);
+    const Rows logits = arena_.rows(rows, m.vocabulary, DType::kFloat32);
+    void* const attention_workspace =
+        arena_.take(cuda::decode_attention_workspace_bytes(attention, rows, o_.context + rows) + 256);
+    void* const argmax_workspace = arena_.take(1024);
+    require(cudaMemset(argmax_workspace, 0, 1024), "cudaMemset");
+    int32_t* const tokens = static_cast<int32_t*>(arena_.take(256));
+    const float* const norm = arena_.floats(m.hidden, 0.1f);
+    const float* const head_norm = arena_.floats(256, 0.1f);
+    const float* const conv = arena_.floats(channels * 4, 0.5f);
+    const float* const small = arena_.floats(256, 0.5f);
+
+    for (int64_t layer = 0; layer < m.layers; ++layer) {
+      if (layer % 4 != 3) {
+        linear("1 in-projections (GDN)", x, norm, {},
+               {{arena_.matrix(channels, m.hidden, o_.fp8), qkv}, {arena_.matrix(values, m.hidden, o_.fp8), z},
+                {arena_.matrix(m.value_heads, m.hidden, false), b}, {arena_.matrix(m.value_heads, m.hidden, false), a}});
+        GdnMixer mixer;
+        mixer.shape = gdn;
+        mixer.batch = batch;
+        const int64_t recurrent = values * 128 * 4;
+        std::byte* const slot = static_cast<std::byte*>(arena_.filled(recurrent + 3 * channels * 2, Fill::kFloat, 0.01f));
+        mixer.state = {slot, slot + recurrent, DType::kBFloat16, recurrent};
+        mixer.qkv = qkv;
+        mixer.z = z;
+        mixer.b = b;
+        mixer.a = a;
+        mixer.conv_weight = conv;
+        mixer.a_log = small;
+        mixer.dt_bias = small;
+        mixer.norm_weight = norm;
+        mixer.out = {mixed.data, DType::kBFloat16, values};
+        add("2 gated delta net", 2 * recurrent, [mixer](const cuda::Launch& launch) { return cuda::decode_gdn(mixer, launch); });
+        linear("3 out-projection (GDN)", mixer.out, nullptr, {}, {{arena_.matrix(m.hidden, values, o_.fp8), x, true}});
+      } else {
+        linear("1 in-projections (attention)", x, norm, {},
+               {{arena_.matrix(m.query_heads * 512, m.hidden, o_.fp8), q_gate}, {arena_.matrix(m.kv_heads * 256, m.hidden, o_.fp8), key},
+                {arena_.matrix(m.kv_heads * 256, m.hidden, o_.fp8), value}});
+        cuda::DecodeAttention args;
+        args.shape = attention;
+        args.batch = batch;
+        const int64_t kv = pages * page * m.kv_heads * 256;
+        args.pages = {arena_.filled(kv * 2, Fill::kBf16, 1.0f), arena_.filled(kv * 2, Fill::kBf16, 1.0f), DType::kBFloat16,
+                      static_cast<int32_t>(page), static_cast<int32_t>(m.kv_heads), 256};
+        args.q_gate = q_gate;
+        args.key = key;
+        args.value = value;
+        args.query_norm = head_norm;
+        args.key_norm = head_norm;
+        args.out = {mixed.data, DType::kBFloat16, m.query_heads * 256};
+        args.max_context = o_.context + rows;
+        args.workspace = attention_workspace;
+        add("2 attention", (o_.context + rows) * m.kv_heads * 1024,
+            [args](const cuda::Launch& launch) { return cuda::decode_attention(args, launch); });
+        linear("3 out-projection (attention)", args.out, nullptr, {}, {{arena_.matrix(m.hidden, m.query_heads * 256, o_.fp8), x, true}});
+      }
+      const int64_t element = o_.fp8 ? 1 : 2;
+      cuda::DecodeGateUp up;
+      cuda::DecodeDown down;
+      up.rows = down.rows = rows;
+      up.hidden = down.hidden = m.hidden;
+      up.width = down.width = m.width;
+      up.shared_width = down.shared_width = m.shared_width;
+      up.shared_gate_up = arena_.matrix(2 * m.shared_width, m.hidden, o_.fp8);
+      up.h = h;
+      const Matrix shared_down = arena_.matrix(m.hidden, m.shared_width, o_.fp8);
+      if (m.experts == 0) {
+        up.x = x;
+        up.norm_weight = norm;
+        add("5 gate and up", 2 * m.shared_width * m.hidden * element,
+            [up](const cuda::Launch& launch) { return cuda::decode_gate_up(up, launch); });
+        linear("6 down", {h, DType::kBFloat16, m.shared_width}, nullptr, {}, {{shared_down, x, true}});
+        continue;
+      }
+      linear("4 router", x, norm, normed, {{arena_.matrix(m.experts, m.hidden, false), router}, {arena_.matrix(1, m.hidden, false), gate}});
+      up.x = normed;
+      up.routed = {m.experts, m.top_k, true, static_cast<const float*>(router.data), router.stride,
+                   arena_.matrix(2 * m.width, m.hidden, o_.fp8, m.experts), arena_.matrix(m.hidden, m.width, o_.fp8, m.experts)};
+      down.routed = up.routed;
+      down.shared_down = shared_down;
+      down.shared_gate_logit = static_cast<const float*>(gate.data);
+      down.shared_gate_stride = gate.stride;
+      down.h = h;
+      down.y = x;
+      // For more than one row this is the most; the rows' random choices overlap a little.
+      const int64_t read = (std::min(m.experts, rows * m.top_k) * m.width + m.shared_width) * m.hidden * element;
+      add("5 gate and up", 2 * read, [up](const cuda::Launch& launch) { return cuda::decode_gate_up(up, launch); });
+      add("6 down", read, [down](const cuda::Launch& launch) { return cuda::decode_down(down, launch); });
+    }
+    linear("7 head", x, norm, {}, {{arena_.matrix(m.vocabulary, m.hidden, false), logits}});
+    const cuda::DecodeArgmax argmax{rows, m.vocabulary, static_cast<const float*>(logits.data), logits.stride, tokens, argmax_workspace};
+    add("8 argmax", rows * m.vocabulary * 4, [argmax](const cuda::Launch& launch) { return cuda::decode_argmax(argmax, launch); });
+    require(cudaDeviceSynchronize(), "fill");
+  }
+
+  Options o_;
+  Arena arena_;
+  std::vector<Op> ops_;
+};
+
+Options parse(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    const auto next = [&]() -> std::string { return i + 1 < argc ? argv[++i] : ""; };
+    if (flag == "--model") {
+      const std::string name = next();
+      bool found = false;
+      for (const Model& m : kModels) {
+        if (name != m.name) continue;
+        o.model = m;
+        found = true;
+      }
+      if (!found) exit((fprintf(stderr, "unknown model %s\n", name.c_str()), 2));
+    } else if (flag == "--dtype") {
+      o.fp8 = next() == "fp8";
+    } else if (flag == "--rows") {
+      o.rows = atoi(next().c_str());
+    } else if (flag == "--context") {
+      o.context = atoll(next().c_str());
+    } else if (flag == "--quick") {
+      o.quick = true;
+    } else {
+      exit((fprintf(stderr, "unknown flag %s\n", flag.c_str()), 2));
+    }
+  }
+  return o;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options o = parse(argc, argv);
+  cudaStream_t stream;
+  require(cudaStreamCreate(&stream), "stream");
+  double bandwidth = 0;
+  {
+    Arena scratch(int64_t{8} << 30);
+    void* const data = scratch.filled((int64_t{8} << 30) - 4096, Fill::kBf16, 1.0f);
+    bandwidth = read_bandwidth(stream, data, (int64_t{8} << 30) - 4096, static_cast<uint32_t*>(scratch.take(256)));
+  }
+  cudaDeviceProp properties;
+  require(cudaGetDeviceProperties(&properties, 0), "properties");
+  printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, context %lld\n", properties.name, bandwidth * 1e-12, o.model.name,
+         o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows), static_cast<long long>(o.context));
+  const Step step(o);
+  const int repeats = o.quick ? 20 : 50;
+
+  std::vector<const Op*> all;
+  std::vector<std::string> kinds;
+  int64_t bytes = 0;
+  for (const Op& op : step.ops()) {
+    all.push_back(&op);
+    bytes += op.bytes;
+    if (std::find(kinds.begin(), kinds.end(), op.kind) == kinds.end()) kinds.push_back(op.kind);
+  }
+  const double plain = graph_time_us(stream, all, false, repeats);
+  const double whole = graph_time_us(stream, all, true, repeats);
+  const double whole_again = graph_time_us(stream, all, true, repeats);
+  const auto share = [&](double us) { return static_cast<double>(bytes) / (us * 1e-6) / bandwidth * 100; };
+  printf("step: %.3f GB, floor %.1f us; %.1f us (again %.1f) = %.0f rows/s, %.1f%% of bandwidth; without overlap %.1f us\n",
+         static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6, whole, whole_again,
+         static_cast<double>(o.rows) / whole * 1e6, share(whole), plain);
+  printf("%-30s %5s %9s %9s %9s %9s %7s %9s\n", "op", "count", "MB each", "floor us", "alone us", "chain us", "chain %",
+         "in step");
+  for (const std::string& kind : kinds) {
+    std::vector<const Op*> some, others;
+    int64_t kind_bytes = 0;
+    for (const Op& op : step.ops()) {
+      (kind == op.kind ? some : others).push_back(&op);
+      if (kind == op.kind) kind_bytes += op.bytes;
+    }
+    const double count = static_cast<double>(some.size());
+    // A lone op (the head) is timed as it is: its weights exceed L2.
+    const double alone = graph_time_us(stream, some, false, repeats) / count;
+    const double chained = graph_time_us(stream, some, true, repeats) / count;
+    const double without = others.empty() ? 0 : graph_time_us(stream, others, true, repeats);
+    const double each = static_cast<double>(kind_bytes) / count;
+    printf("%-30s %5.0f %9.3f %9.2f %9.2f %9.2f %6.1f%% %9.2f\n", kind.c_str(), count, each * 1e-6, each / bandwidth * 1e6,
+           alone, chained, each / (chained * 1e-6) / bandwidth * 100, (whole - without) / count);
+  }
+  return 0;
+}
