@@ -1,0 +1,71 @@
+// What the kernels for few tokens share beyond tensor_core.cuh: programmatic dependent launch, streaming copies, FP8
+// conversion, order-preserving keys.
+//
+// The rule of dependent launch here: a kernel first starts what does not depend on its predecessor (weights), then calls
+// wait_for_predecessor() in every block, then allow_successor(). So code before the wait may read what was written at
+// least two launches earlier, and nothing is overwritten that an unfinished kernel still reads.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/tensor_core.cuh"
+
+namespace tokenspeed::kernels::cuda {
+
+// Until every earlier kernel of the stream has finished and its writes are visible.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel of the stream may start its independent part.
+__device__ __forceinline__ void allow_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes global -> shared, past L1; the hint fetches the other half of the line, which a neighbour reads next.
+__device__ __forceinline__ void copy16_streaming(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy4_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ uint4 load16_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, offset));
+  return value;
+}
+
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float round_bf16(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
+
+// Four FP8 E4M3 values as two pairs of bfloat16, times 2^-120: the exponent and mantissa bits moved in place, exact also
+// for subnormals. even = elements (0, 2), odd = (1, 3). 0x7f (NaN) is not kept: checkpoints hold none.
+inline constexpr float kFp8Scale = 0x1p120f;
+__device__ __forceinline__ void fp8_to_bf16(uint32_t word, uint32_t& even, uint32_t& odd) {
+  const uint32_t up = word << 8;
+  even = ((word & 0x007f007fu) << 4) | (up & 0x80008000u);
+  odd = ((word >> 4) & 0x07f007f0u) | (word & 0x80008000u);
+}
+
+// Order-preserving map of floats that are not NaN to unsigned integers.
+__device__ __forceinline__ uint32_t ordered_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+}  // namespace tokenspeed::kernels::cuda

@@ -1,0 +1,46 @@
+#include "kernels/cuda/step.h"
+
+#include "kernels/cuda/device.cuh"
+
+namespace tokenspeed::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void expand_kernel(ExpandBatch args) {
+  const int thread = blockIdx.x * kThreads + threadIdx.x;
+  const int changes = *args.change_count;
+  for (int i = thread; i < changes; i += static_cast<int>(gridDim.x) * kThreads) {
+    args.page_table[args.changes[i].index] = args.changes[i].page;
+  }
+  if (thread >= args.tokens) return;
+  int low = 0;
+  int high = args.sequences - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (args.token_begin[middle] <= thread) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  args.sequence[thread] = low;
+  args.position[thread] = args.context[low] + thread - args.token_begin[low];
+}
+
+__global__ void publish_kernel(PublishTokens args) {
+  for (int i = threadIdx.x; i < args.count; i += kThreads) args.host_tokens[i] = args.tokens[i];
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) *static_cast<volatile uint64_t*>(args.host_number) = *args.number;
+}
+
+}  // namespace
+
+void expand_batch(const ExpandBatch& args, cudaStream_t stream) {
+  expand_kernel<<<static_cast<unsigned>(ceil_div(args.tokens, kThreads)), kThreads, 0, stream>>>(args);
+}
+
+void publish_tokens(const PublishTokens& args, cudaStream_t stream) { publish_kernel<<<1, kThreads, 0, stream>>>(args); }
+
+}  // namespace tokenspeed::kernels::cuda

@@ -1,0 +1,42 @@
+// The two ends of a step on the device: from the host's input block to a SequenceBatch, and from tokens to the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace tokenspeed::kernels::cuda {
+
+struct PageChange {
+  int32_t index = 0;  // in the page table
+  int32_t page = 0;
+};
+
+// position[t] and sequence[t] of every row from token_begin and context; page_table[change.index] = change.page.
+struct ExpandBatch {
+  int32_t sequences = 0;
+  int32_t tokens = 0;
+  const int32_t* token_begin = nullptr;
+  const int32_t* context = nullptr;
+  const PageChange* changes = nullptr;
+  const int32_t* change_count = nullptr;
+  int32_t* position = nullptr;
+  int32_t* sequence = nullptr;
+  int32_t* page_table = nullptr;
+};
+void expand_batch(const ExpandBatch& args, cudaStream_t stream);
+
+// Copies the tokens to mapped host memory, then *number to *host_number: the host that reads the number sees the
+// tokens.
+struct PublishTokens {
+  int32_t count = 0;
+  const int32_t* tokens = nullptr;
+  const uint64_t* number = nullptr;
+  int32_t* host_tokens = nullptr;
+  uint64_t* host_number = nullptr;
+};
+void publish_tokens(const PublishTokens& args, cudaStream_t stream);
+
+}  // namespace tokenspeed::kernels::cuda

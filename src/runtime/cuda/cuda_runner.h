@@ -1,0 +1,111 @@
+// The Runner of one GPU.
+//
+// submit() sends one block of input and enqueues the whole step: a captured graph for steps of one token per sequence,
+// single launches otherwise. Tokens come back through mapped host memory that wait() polls; nothing is copied or waited
+// for on the way unless a request wants logits on the host (random draws, log probabilities, penalties,
+// logit bias).
+// Invariant: one step in flight. A device fault fails the step and every later one: the process should end.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "compile/graph.h"
+#include "compile/passes/pass.h"
+#include "compile/weight_source.h"
+#include "runtime/cuda/cuda_program.h"
+#include "runtime/cuda/step_input.h"
+#include "runtime/logit_rows.h"
+#include "runtime/runner.h"
+#include "runtime/step_batch.h"
+
+namespace tokenspeed::runtime {
+
+struct CudaRunnerOptions {
+  int32_t device = 0;
+  DType weights = DType::kBFloat16;  // bfloat16 or float8_e4m3 (where the checkpoint has FP8 blocks)
+  DType kv = DType::kBFloat16;
+  int32_t max_step_tokens = 8192;
+  int32_t max_sequences = 64;
+  int32_t page_size = 64;
+  int32_t max_model_length = 32768;
+  int32_t pages = 0;              // KV pages; 0: as many as kv_bytes hold
+  int64_t kv_bytes = 0;           // 0: what is left of memory_fraction after everything else
+  double memory_fraction = 0.92;  // of the GPU's memory, all told
+  int32_t state_slots = 0;        // 0: max_sequences
+  int32_t load_threads = 0;       // 0: as many as help
+  bool graphs = true;             // capture steps of one token per sequence
+  bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
+  int32_t rank = 0;
+  compile::PassOptions passes;
+};
+
+class CudaRunner : public Runner {
+ public:
+  // Compiles, loads the weights (the source may be closed afterwards) and allocates. Errors: those of open_device;
+  // invalid_argument (an option); unimplemented (a model the kernels do not take); resource_exhausted (memory; says
+  // what would fit); those of the source.
+  static Result<std::unique_ptr<CudaRunner>> create(const compile::ModelGraph& graph,
+                                                    const compile::WeightSource& source,
+                                                    const CudaRunnerOptions& options);
+  ~CudaRunner() override;
+
+  const Capacity& capacity() const override { return capacity_; }
+  Status submit(std::span<const SequenceStep> sequences) override;
+  Status wait(std::vector<SequenceResult>* results) override;
+
+  const compile::Program& program() const { return body_.program(); }
+  const Device& device() const { return device_; }
+  int64_t weight_bytes() const { return weights_.bytes(); }
+
+ private:
+  // A step that is replayed: its sizes. Every row is sampled greedily.
+  struct GraphKey {
+    int32_t sequences;
+    int32_t tokens;
+    auto operator<=>(const GraphKey&) const = default;
+  };
+  using GraphExec = CudaOwner<cudaGraphExec_t, cudaGraphExecDestroy>;
+
+  CudaRunner() = default;
+  Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CudaRunnerOptions& options);
+  Status allocate(const CudaRunnerOptions& options);
+  bool samples_on_device(std::span<const SequenceStep> sequences) const;
+  Status enqueue(int32_t sequences, int32_t tokens);
+  Status enqueue_sampling(const CudaStep& step);
+  // Captures at the second use of a key: the first runs singly and loads what its kernels need. Null: not captured yet.
+  Result<cudaGraphExec_t> graph_of(const GraphKey& key);
+  Status wait_for_tokens();
+  Status finish_on_host();
+
+  Capacity capacity_;
+  Device device_;
+  CudaWeights weights_;
+  CudaProgram body_;
+  CudaCaches caches_;
+  DeviceMemory arena_, workspace_[kStreams], tokens_, sample_workspace_;
+  Stream streams_[kStreams];
+  CudaEvent forked_, joined_;
+  CudaRank rank_;
+  std::optional<StepBatch> batch_;
+  std::optional<StepInput> input_;
+  PinnedMemory published_;  // step number, then tokens
+  PinnedMemory logits_;     // one group of rows, once a step wants them
+  std::unique_ptr<ThreadPool> pool_;
+  std::map<GraphKey, GraphExec> graphs_;
+  bool use_graphs_ = true;
+
+  uint64_t number_ = 0;
+  bool in_flight_ = false;
+  bool on_device_ = false;
+  std::span<const SequenceStep> sequences_;  // of the step in flight
+  std::vector<WantedRow> wanted_;
+  std::vector<int32_t> wanted_rows_;
+  std::vector<SequenceResult> results_;
+};
+
+}  // namespace tokenspeed::runtime

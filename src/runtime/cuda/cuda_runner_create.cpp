@@ -1,0 +1,162 @@
+// Making a CudaRunner: checks of the options, the Program, the weights, and the division of the GPU's memory.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "base/log.h"
+#include "kernels/cuda/decode.h"
+#include "runtime/cuda/cuda_runner.h"
+
+namespace tokenspeed::runtime {
+namespace {
+
+constexpr int32_t kLogitRows = 64;
+
+std::string gigabytes(int64_t bytes) {
+  char text[32];
+  snprintf(text, sizeof(text), "%.2f GB", static_cast<double>(bytes) * 1e-9);
+  return text;
+}
+
+Status check_positive(const char* what, int64_t value) {
+  if (value > 0) return {};
+  return invalid_argument(std::string(what) + " must be at least 1, not " + std::to_string(value));
+}
+
+Status check_options(const CudaRunnerOptions& options) {
+  if (options.weights != DType::kBFloat16 && options.weights != DType::kFloat8E4M3) {
+    return invalid_argument(std::string("the CUDA runner has no ") + std::string(dtype_name(options.weights)) +
+                            " weights; choose bfloat16 or float8_e4m3");
+  }
+  if (options.kv != DType::kBFloat16) {
+    return unimplemented(std::string("the CUDA runner has no ") + std::string(dtype_name(options.kv)) +
+                         " KV cache; choose bfloat16");
+  }
+  TS_RETURN_IF_ERROR(check_positive("the tokens of a step", options.max_step_tokens));
+  TS_RETURN_IF_ERROR(check_positive("the sequences of a step", options.max_sequences));
+  TS_RETURN_IF_ERROR(check_positive("the page size", options.page_size));
+  TS_RETURN_IF_ERROR(check_positive("the model length", options.max_model_length));
+  if (options.pages < 0 || options.kv_bytes < 0 || options.state_slots < 0) {
+    return invalid_argument("KV pages, KV bytes and state slots must not be negative");
+  }
+  if (options.memory_fraction <= 0 || options.memory_fraction > 1) {
+    return invalid_argument("the share of GPU memory must be above 0 and at most 1, not " +
+                            std::to_string(options.memory_fraction));
+  }
+  return {};
+}
+
+int64_t weight_bytes(const compile::Program& program) {
+  int64_t bytes = 0;
+  for (const compile::ProgramWeight& weight : program.weights) bytes += weight.bytes();
+  return bytes;
+}
+
+// Before anything is loaded: an answer in milliseconds instead of a failed allocation after minutes.
+Status check_weights_fit(const compile::Program& program, const Device& device, const CudaRunnerOptions& options) {
+  const int64_t bytes = weight_bytes(program);
+  const int64_t usable = static_cast<int64_t>(static_cast<double>(device.free_bytes) * options.memory_fraction);
+  if (bytes < usable) return {};
+  const int64_t ranks = (bytes + usable - 1) / std::max<int64_t>(1, usable);
+  return resource_exhausted("model '" + program.name + "' has " + gigabytes(bytes) + " of weights, GPU " +
+                            std::to_string(device.ordinal) + " (" + device.name + ") has " + gigabytes(usable) +
+                            " to give; use " + (options.weights == DType::kFloat8E4M3 ? "" : "FP8 weights, ") +
+                            "a larger GPU, or --tp " + std::to_string(2 * ranks));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<CudaRunner>> CudaRunner::create(const compile::ModelGraph& graph,
+                                                       const compile::WeightSource& source,
+                                                       const CudaRunnerOptions& options) {
+  TS_RETURN_IF_ERROR(check_options(options));
+  std::unique_ptr<CudaRunner> runner(new CudaRunner());
+  TS_ASSIGN_OR_RETURN(runner->device_, open_device(options.device));
+  TS_RETURN_IF_ERROR(runner->load(graph, source, options));
+  TS_RETURN_IF_ERROR(runner->allocate(options));
+  return runner;
+}
+
+Status CudaRunner::load(const compile::ModelGraph& graph, const compile::WeightSource& source,
+                        const CudaRunnerOptions& options) {
+  compile::CompileOptions compiled;
+  compiled.rank = options.rank;
+  compiled.activation = DType::kBFloat16;
+  compiled.weights = options.weights;
+  compiled.kv = options.kv;
+  compiled.tokens = options.max_step_tokens;
+  compiled.logit_rows = std::min(options.max_step_tokens, std::max(kLogitRows, options.max_sequences));
+  compiled.passes = options.passes;
+  TS_ASSIGN_OR_RETURN(compile::Program program, compile::compile_program(graph.body, compiled));
+  TS_RETURN_IF_ERROR(check_weights_fit(program, device_, options));
+  const compile::Program* pointer = &program;
+  TS_ASSIGN_OR_RETURN(weights_, CudaWeights::load({&pointer, 1}, source, options.load_threads));
+  TS_ASSIGN_OR_RETURN(body_, CudaProgram::bind(std::move(program), weights_, options.rank_only));
+  return {};
+}
+
+Status CudaRunner::allocate(const CudaRunnerOptions& options) {
+  const compile::Program& program = body_.program();
+  capacity_.page_size = options.page_size;
+  capacity_.state_slots = options.state_slots ? options.state_slots : options.max_sequences;
+  capacity_.max_step_tokens = options.max_step_tokens;
+  capacity_.max_sequences = options.max_sequences;
+  capacity_.max_model_length = options.max_model_length;
+  capacity_.vocabulary_size = static_cast<int32_t>(program.vocabulary_size);
+
+  const int64_t workspace = body_.workspace_bytes();
+  TS_ASSIGN_OR_RETURN(arena_,
+                      DeviceMemory::allocate(program.arena_bytes, "activations; lower --max-num-batched-tokens"));
+  for (int i = 0; i < kStreams; ++i) {
+    TS_ASSIGN_OR_RETURN(workspace_[i],
+                        DeviceMemory::allocate(workspace, "the kernels' workspace; lower --max-num-batched-tokens"));
+    TS_ASSIGN_OR_RETURN(streams_[i], make_stream());
+    rank_.workspace[i] = workspace_[i].data();
+    rank_.streams[i] = streams_[i].get();
+  }
+  TS_ASSIGN_OR_RETURN(forked_, make_event(false));
+  TS_ASSIGN_OR_RETURN(joined_, make_event(false));
+  TS_ASSIGN_OR_RETURN(tokens_, DeviceMemory::allocate(program.logit_rows * 4, "tokens"));
+  TS_ASSIGN_OR_RETURN(
+      sample_workspace_,
+      DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
+  TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(8 + program.logit_rows * 4, "tokens"));
+  const int64_t pages_of_one = (int64_t{options.max_model_length} + options.page_size - 1) / options.page_size;
+  const int64_t page_bytes = std::max<int64_t>(1, program.kv.bytes_per_position() * options.page_size);
+  int64_t pages = options.pages;
+  if (pages == 0) {
+    const int64_t reserve =
+        static_cast<int64_t>(static_cast<double>(device_.total_bytes) * (1 - options.memory_fraction));
+    const int64_t left = free_device_memory() - reserve - capacity_.state_slots * program.state.bytes_per_slot;
+    const int64_t budget = options.kv_bytes ? options.kv_bytes : left;
+    pages = std::min(pages_of_one * options.max_sequences, std::max<int64_t>(0, budget) / page_bytes);
+  }
+  if (pages < pages_of_one) {
+    return resource_exhausted("after weights, activations and " + std::to_string(capacity_.state_slots) +
+                              " state slots (" + gigabytes(capacity_.state_slots * program.state.bytes_per_slot) +
+                              ") the GPU has room for " + std::to_string(pages * options.page_size) +
+                              " KV positions, fewer than one sequence of --max-model-len " +
+                              std::to_string(options.max_model_length) + " (" + gigabytes(pages_of_one * page_bytes) +
+                              "); lower --max-model-len to at most " + std::to_string(pages * options.page_size) +
+                              ", lower --max-num-seqs, use FP8 weights, or more GPUs");
+  }
+  capacity_.pages = static_cast<int32_t>(std::min<int64_t>(pages, INT32_MAX));
+  TS_ASSIGN_OR_RETURN(caches_, CudaCaches::allocate(program.kv, program.state, capacity_.pages, capacity_.page_size,
+                                                    capacity_.state_slots));
+  rank_.arena = arena_.data();
+  rank_.caches = &caches_;
+  rank_.forked = forked_.get();
+  rank_.joined = joined_.get();
+  batch_.emplace(capacity_);
+  TS_ASSIGN_OR_RETURN(input_, StepInput::allocate(capacity_));
+  use_graphs_ = options.graphs;
+  spdlog::info(
+      "GPU {} ({}): {} weights, {} KV pages of {} positions ({}), {} state slots ({}), {} activations and workspace",
+      device_.ordinal, device_.name, gigabytes(weights_.bytes()), capacity_.pages, capacity_.page_size,
+      gigabytes(capacity_.pages * page_bytes), capacity_.state_slots,
+      gigabytes(capacity_.state_slots * program.state.bytes_per_slot),
+      gigabytes(program.arena_bytes + kStreams * workspace));
+  return {};
+}
+
+}  // namespace tokenspeed::runtime

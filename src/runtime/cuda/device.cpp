@@ -1,0 +1,110 @@
+#include "runtime/cuda/device.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace tokenspeed::runtime {
+namespace {
+
+constexpr int kLeastComputeMajor = 9;
+
+std::string gigabytes(int64_t bytes) {
+  char text[32];
+  snprintf(text, sizeof(text), "%.2f GB", static_cast<double>(bytes) * 1e-9);
+  return text;
+}
+
+}  // namespace
+
+Status cuda_check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return {};
+  return internal_error(std::string(what) + ": CUDA error " + cudaGetErrorName(error) + " (" +
+                        cudaGetErrorString(error) + ")");
+}
+
+Result<Device> open_device(int32_t ordinal) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    return failed_precondition(
+        "the NVIDIA driver supports CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+        ", this program needs CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+        std::to_string(CUDART_VERSION % 1000 / 10) + "; update the driver, or run with --device cpu");
+  }
+  if (error != cudaSuccess || count == 0) {
+    return failed_precondition(std::string("no NVIDIA GPU was found (") + cudaGetErrorString(error) +
+                               "); run with --device cpu");
+  }
+  if (ordinal < 0 || ordinal >= count) {
+    return not_found("there is no GPU " + std::to_string(ordinal) + "; this machine has " + std::to_string(count) +
+                     ", counted from 0");
+  }
+  cudaDeviceProp properties = {};
+  TS_RETURN_IF_ERROR(cuda_check(cudaGetDeviceProperties(&properties, ordinal), "reading the GPU's properties"));
+  if (properties.major < kLeastComputeMajor) {
+    return failed_precondition("GPU " + std::to_string(ordinal) + " (" + properties.name + ") has compute capability " +
+                               std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                               "; the kernels need 9.0 (Hopper). Use another GPU, or run with --device cpu");
+  }
+  TS_RETURN_IF_ERROR(cuda_check(cudaSetDevice(ordinal), "choosing the GPU"));
+  return Device{ordinal, properties.name, properties.multiProcessorCount,
+                static_cast<int64_t>(properties.totalGlobalMem), free_device_memory()};
+}
+
+int64_t free_device_memory() {
+  size_t free = 0;
+  size_t total = 0;
+  return cudaMemGetInfo(&free, &total) == cudaSuccess ? static_cast<int64_t>(free) : 0;
+}
+
+Result<Stream> make_stream() {
+  cudaStream_t stream = nullptr;
+  TS_RETURN_IF_ERROR(cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
+  return Stream(stream);
+}
+
+Result<CudaEvent> make_event(bool timed) {
+  cudaEvent_t event = nullptr;
+  TS_RETURN_IF_ERROR(cuda_check(cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming),
+                                "creating an event"));
+  return CudaEvent(event);
+}
+
+Result<DeviceMemory> DeviceMemory::allocate(int64_t bytes, const std::string& purpose) {
+  DeviceMemory memory;
+  memory.size_ = bytes;
+  if (bytes == 0) return memory;
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // not sticky: the next launch must not report it
+    return resource_exhausted("the GPU has no " + gigabytes(bytes) + " for " + purpose + "; " +
+                              gigabytes(free_device_memory()) + " are free");
+  }
+  TS_RETURN_IF_ERROR(cuda_check(error, "allocating GPU memory"));
+  memory.memory_ = CudaOwner<void*, cudaFree>(data);
+  TS_RETURN_IF_ERROR(cuda_check(cudaMemset(data, 0, static_cast<size_t>(bytes)), "clearing GPU memory"));
+  return memory;
+}
+
+Result<PinnedMemory> PinnedMemory::allocate(int64_t bytes, const std::string& purpose) {
+  PinnedMemory memory;
+  memory.size_ = bytes;
+  if (bytes == 0) return memory;
+  void* data = nullptr;
+  const cudaError_t error =
+      cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return resource_exhausted("the system has no " + gigabytes(bytes) + " of page-locked memory for " + purpose +
+                              "; raise the memory limit of this process");
+  }
+  TS_RETURN_IF_ERROR(cuda_check(error, "allocating page-locked memory"));
+  memory.memory_ = CudaOwner<void*, cudaFreeHost>(data);
+  std::memset(data, 0, static_cast<size_t>(bytes));
+  return memory;
+}
+
+}  // namespace tokenspeed::runtime

@@ -1,0 +1,57 @@
+// What the host tells the GPU about a step: one block in page-locked memory, sent with one copy. Positions, sequences
+// and the page table are kept on the device and worked out there; of the page table only changes travel.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/cuda/step.h"
+#include "runtime/cuda/cuda_program.h"
+#include "runtime/cuda/device.h"
+#include "runtime/step_batch.h"
+
+namespace tokenspeed::runtime {
+
+class StepInput {
+ public:
+  static Result<StepInput> allocate(const Capacity& capacity);
+
+  // Lays the step out in the block; the block of the last step must have arrived. `wanted` are rows of the step.
+  void fill(const StepBatch& batch, std::span<const SequenceStep> sequences, std::span<const int32_t> wanted,
+            uint64_t number);
+  // Sends the block (not captured in graphs), then works it out on the device (captured).
+  Status send(cudaStream_t stream);
+  Status expand(int32_t sequences, int32_t tokens, cudaStream_t stream) const;
+
+  // Device pointers for a step of these sizes.
+  CudaStep step(int32_t sequences, int32_t tokens, int32_t wanted) const;
+  const uint64_t* device_number() const { return at<const uint64_t>(device_.data(), 0); }
+
+ private:
+  // Byte offsets in the block. The token ids come after everything whose size does not depend on the step.
+  struct Layout {
+    int64_t change_count, token_begin, context, state_in, state_out, changes, wanted, ids, more_wanted, bytes;
+  };
+  template <typename T>
+  static T* at(std::byte* base, int64_t offset) {
+    return reinterpret_cast<T*>(base + offset);
+  }
+  void note_pages(int32_t sequence, const SequenceStep& step);
+  bool few_wanted(int32_t count) const { return count <= capacity_.max_sequences; }
+
+  Capacity capacity_;
+  int64_t pages_per_sequence_ = 0;
+  Layout layout_ = {};
+  PinnedMemory host_;
+  PinnedMemory table_mirror_;  // what the device's page table holds
+  DeviceMemory device_;
+  DeviceMemory position_, sequence_, table_;
+  int64_t used_bytes_ = 0;
+  struct Range {
+    int64_t begin, size;
+  };
+  std::vector<Range> long_changes_;  // of the table, copied whole
+};
+
+}  // namespace tokenspeed::runtime
