@@ -33,6 +33,12 @@ test: dependencies
 	cmake --build --preset release -j $(JOBS)
 	ctest --test-dir build/release -L fast -j $(JOBS) --output-on-failure
 
+# Needs a GPU and a CUDA toolkit; the summary is the test program's last lines.
+test-gpu: dependencies
+	cmake --preset release
+	cmake --build --preset release --target gpu_tests -j $(JOBS)
+	build/release/gpu_tests
+
 test-long:
 	ctest --test-dir build/release -L long --output-on-failure
 

@@ -1,11 +1,11 @@
 // Times the kernels for few tokens on random weights: each op alone against the measured read bandwidth, and the whole
 // step of a model shape as one graph, with every kind of op left out in turn (what the op costs inside the step).
 //
-//   ops_bench [--model 35b|4b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--quick]
+//   ops_bench [--model 35b|0.8b|4b|9b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--quick]
 //
-// Every layer has weights of its own, so nothing is found in L2 that a real step would not find there. Times are medians
-// of event-timed graph replays after warm-up. "alone": each launch waits for the one before; "chained": launches of the
-// same op overlap as they would between layers (weights fetched ahead).
+// Every layer has weights of its own, so nothing is found in L2 that a real step would not find there. Times are
+// medians of event-timed graph replays after warm-up. "alone": each launch waits for the one before; "chained":
+// launches of the same op overlap as they would between layers (weights fetched ahead).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -57,7 +57,8 @@ __global__ void fill_kernel(uint32_t* out, int64_t words, Fill fill, float scale
 }
 __global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
   uint32_t sum = 0;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} * 8 + threadIdx.x; i < count; i += gridDim.x * int64_t{blockDim.x} * 8) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} * 8 + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x} * 8) {
     uint4 v[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = i + j * blockDim.x < count ? __ldcs(from + i + j * blockDim.x) : uint4{};
@@ -69,7 +70,9 @@ __global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
 
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : bytes_(bytes) { require(cudaMalloc(&base_, static_cast<size_t>(bytes)), "cudaMalloc"); }
+  explicit Arena(int64_t bytes) : bytes_(bytes) {
+    require(cudaMalloc(&base_, static_cast<size_t>(bytes)), "cudaMalloc");
+  }
   ~Arena() { cudaFree(base_); }
   void* take(int64_t bytes) {
     void* const at = base_ + used_;
@@ -122,7 +125,8 @@ class Arena {
 
 struct Model {
   const char* name;
-  int64_t hidden, layers, query_heads, kv_heads, key_heads, value_heads, experts, top_k, width, shared_width, vocabulary;
+  int64_t hidden, layers, query_heads, kv_heads, key_heads, value_heads, experts, top_k, width, shared_width,
+      vocabulary;
 };
 constexpr Model kModels[] = {
     {"35b", 2048, 40, 16, 2, 16, 32, 256, 8, 512, 512, 248320},
@@ -254,7 +258,8 @@ class Step {
     const Rows normed = arena_.rows(rows, m.hidden);
     const GdnShape gdn{m.key_heads, m.value_heads, 128, 128, 4};
     const int64_t channels = gdn.channels(), values = m.value_heads * 128;
-    const Rows qkv = arena_.rows(rows, channels), z = arena_.rows(rows, values), b = arena_.rows(rows, 128), a = arena_.rows(rows, 128);
+    const Rows qkv = arena_.rows(rows, channels), z = arena_.rows(rows, values), b = arena_.rows(rows, 128),
+               a = arena_.rows(rows, 128);
     AttentionShape attention;
     attention.query_heads = m.query_heads;
     attention.kv_heads = m.kv_heads;
@@ -278,13 +283,16 @@ class Step {
     for (int64_t layer = 0; layer < m.layers; ++layer) {
       if (layer % 4 != 3) {
         linear("1 in-projections (GDN)", x, norm, {},
-               {{arena_.matrix(channels, m.hidden, o_.fp8), qkv}, {arena_.matrix(values, m.hidden, o_.fp8), z},
-                {arena_.matrix(m.value_heads, m.hidden, false), b}, {arena_.matrix(m.value_heads, m.hidden, false), a}});
+               {{arena_.matrix(channels, m.hidden, o_.fp8), qkv},
+                {arena_.matrix(values, m.hidden, o_.fp8), z},
+                {arena_.matrix(m.value_heads, m.hidden, false), b},
+                {arena_.matrix(m.value_heads, m.hidden, false), a}});
         GdnMixer mixer;
         mixer.shape = gdn;
         mixer.batch = batch;
         const int64_t recurrent = values * 128 * 4;
-        std::byte* const slot = static_cast<std::byte*>(arena_.filled(recurrent + 3 * channels * 2, Fill::kFloat, 0.01f));
+        std::byte* const slot =
+            static_cast<std::byte*>(arena_.filled(recurrent + 3 * channels * 2, Fill::kFloat, 0.01f));
         mixer.state = {slot, slot + recurrent, DType::kBFloat16, recurrent};
         mixer.qkv = qkv;
         mixer.z = z;
@@ -295,18 +303,24 @@ class Step {
         mixer.dt_bias = small;
         mixer.norm_weight = norm;
         mixer.out = {mixed.data, DType::kBFloat16, values};
-        add("2 gated delta net", 2 * recurrent, [mixer](const cuda::Launch& launch) { return cuda::decode_gdn(mixer, launch); });
+        add("2 gated delta net", 2 * recurrent,
+            [mixer](const cuda::Launch& launch) { return cuda::decode_gdn(mixer, launch); });
         linear("3 out-projection (GDN)", mixer.out, nullptr, {}, {{arena_.matrix(m.hidden, values, o_.fp8), x, true}});
       } else {
         linear("1 in-projections (attention)", x, norm, {},
-               {{arena_.matrix(m.query_heads * 512, m.hidden, o_.fp8), q_gate}, {arena_.matrix(m.kv_heads * 256, m.hidden, o_.fp8), key},
+               {{arena_.matrix(m.query_heads * 512, m.hidden, o_.fp8), q_gate},
+                {arena_.matrix(m.kv_heads * 256, m.hidden, o_.fp8), key},
                 {arena_.matrix(m.kv_heads * 256, m.hidden, o_.fp8), value}});
         cuda::DecodeAttention args;
         args.shape = attention;
         args.batch = batch;
         const int64_t kv = pages * page * m.kv_heads * 256;
-        args.pages = {arena_.filled(kv * 2, Fill::kBf16, 1.0f), arena_.filled(kv * 2, Fill::kBf16, 1.0f), DType::kBFloat16,
-                      static_cast<int32_t>(page), static_cast<int32_t>(m.kv_heads), 256};
+        args.pages = {arena_.filled(kv * 2, Fill::kBf16, 1.0f),
+                      arena_.filled(kv * 2, Fill::kBf16, 1.0f),
+                      DType::kBFloat16,
+                      static_cast<int32_t>(page),
+                      static_cast<int32_t>(m.kv_heads),
+                      256};
         args.q_gate = q_gate;
         args.key = key;
         args.value = value;
@@ -317,7 +331,8 @@ class Step {
         args.workspace = attention_workspace;
         add("2 attention", (o_.context + rows) * m.kv_heads * 1024,
             [args](const cuda::Launch& launch) { return cuda::decode_attention(args, launch); });
-        linear("3 out-projection (attention)", args.out, nullptr, {}, {{arena_.matrix(m.hidden, m.query_heads * 256, o_.fp8), x, true}});
+        linear("3 out-projection (attention)", args.out, nullptr, {},
+               {{arena_.matrix(m.hidden, m.query_heads * 256, o_.fp8), x, true}});
       }
       const int64_t element = o_.fp8 ? 1 : 2;
       cuda::DecodeGateUp up;
@@ -337,10 +352,16 @@ class Step {
         linear("6 down", {h, DType::kBFloat16, m.shared_width}, nullptr, {}, {{shared_down, x, true}});
         continue;
       }
-      linear("4 router", x, norm, normed, {{arena_.matrix(m.experts, m.hidden, false), router}, {arena_.matrix(1, m.hidden, false), gate}});
+      linear("4 router", x, norm, normed,
+             {{arena_.matrix(m.experts, m.hidden, false), router}, {arena_.matrix(1, m.hidden, false), gate}});
       up.x = normed;
-      up.routed = {m.experts, m.top_k, true, static_cast<const float*>(router.data), router.stride,
-                   arena_.matrix(2 * m.width, m.hidden, o_.fp8, m.experts), arena_.matrix(m.hidden, m.width, o_.fp8, m.experts)};
+      up.routed = {m.experts,
+                   m.top_k,
+                   true,
+                   static_cast<const float*>(router.data),
+                   router.stride,
+                   arena_.matrix(2 * m.width, m.hidden, o_.fp8, m.experts),
+                   arena_.matrix(m.hidden, m.width, o_.fp8, m.experts)};
       down.routed = up.routed;
       down.shared_down = shared_down;
       down.shared_gate_logit = static_cast<const float*>(gate.data);
@@ -353,8 +374,10 @@ class Step {
       add("6 down", read, [down](const cuda::Launch& launch) { return cuda::decode_down(down, launch); });
     }
     linear("7 head", x, norm, {}, {{arena_.matrix(m.vocabulary, m.hidden, false), logits}});
-    const cuda::DecodeArgmax argmax{rows, m.vocabulary, static_cast<const float*>(logits.data), logits.stride, tokens, argmax_workspace};
-    add("8 argmax", rows * m.vocabulary * 4, [argmax](const cuda::Launch& launch) { return cuda::decode_argmax(argmax, launch); });
+    const cuda::DecodeArgmax argmax{rows,          m.vocabulary, static_cast<const float*>(logits.data),
+                                    logits.stride, tokens,       argmax_workspace};
+    add("8 argmax", rows * m.vocabulary * 4,
+        [argmax](const cuda::Launch& launch) { return cuda::decode_argmax(argmax, launch); });
     require(cudaDeviceSynchronize(), "fill");
   }
 
@@ -406,8 +429,8 @@ int main(int argc, char** argv) {
   }
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, 0), "properties");
-  printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, context %lld\n", properties.name, bandwidth * 1e-12, o.model.name,
-         o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows), static_cast<long long>(o.context));
+  printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, context %lld\n", properties.name, bandwidth * 1e-12,
+         o.model.name, o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows), static_cast<long long>(o.context));
   const Step step(o);
   const int repeats = o.quick ? 20 : 50;
 
@@ -423,9 +446,11 @@ int main(int argc, char** argv) {
   const double whole = graph_time_us(stream, all, true, repeats);
   const double whole_again = graph_time_us(stream, all, true, repeats);
   const auto share = [&](double us) { return static_cast<double>(bytes) / (us * 1e-6) / bandwidth * 100; };
-  printf("step: %.3f GB, floor %.1f us; %.1f us (again %.1f) = %.0f rows/s, %.1f%% of bandwidth; without overlap %.1f us\n",
-         static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6, whole, whole_again,
-         static_cast<double>(o.rows) / whole * 1e6, share(whole), plain);
+  printf(
+      "step: %.3f GB, floor %.1f us; %.1f us (again %.1f) = %.0f rows/s, %.1f%% of bandwidth; without overlap %.1f "
+      "us\n",
+      static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6, whole, whole_again,
+      static_cast<double>(o.rows) / whole * 1e6, share(whole), plain);
   printf("%-30s %5s %9s %9s %9s %9s %7s %9s\n", "op", "count", "MB each", "floor us", "alone us", "chain us", "chain %",
          "in step");
   for (const std::string& kind : kinds) {
@@ -441,8 +466,9 @@ int main(int argc, char** argv) {
     const double chained = graph_time_us(stream, some, true, repeats) / count;
     const double without = others.empty() ? 0 : graph_time_us(stream, others, true, repeats);
     const double each = static_cast<double>(kind_bytes) / count;
-    printf("%-30s %5.0f %9.3f %9.2f %9.2f %9.2f %6.1f%% %9.2f\n", kind.c_str(), count, each * 1e-6, each / bandwidth * 1e6,
-           alone, chained, each / (chained * 1e-6) / bandwidth * 100, (whole - without) / count);
+    printf("%-30s %5.0f %9.3f %9.2f %9.2f %9.2f %6.1f%% %9.2f\n", kind.c_str(), count, each * 1e-6,
+           each / bandwidth * 1e6, alone, chained, each / (chained * 1e-6) / bandwidth * 100,
+           (whole - without) / count);
   }
   return 0;
 }

@@ -60,15 +60,17 @@ void ThreadPool::run(int64_t count, Invoke invoke, const void* context) {
     work();
     return;
   }
-  busy_.store(static_cast<int>(workers_.size()));
+  open_.store(true);
   generation_.fetch_add(1);
   if (sleepers_.load() > 0) {
     std::lock_guard lock(mutex_);
     wake_.notify_all();
   }
   work();
-  // Every worker must have left work() before the loop's context goes out of scope.
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+  // Every worker that joined must have left work() before the loop's context goes out of scope; one that has not woken
+  // yet (its CPU may be taken by another program) finds the loop closed and is not waited for.
+  open_.store(false);
+  for (int spins = 0; busy_.load() != 0; ++spins) {
     if (spins < 10000) {
       relax();
     } else {
@@ -97,8 +99,11 @@ void ThreadPool::worker_main(int cpu) {
     }
     seen = generation_.load();
     if (stop_.load()) return;
-    work();
-    busy_.fetch_sub(1, std::memory_order_release);
+    // Joining and closing are both sequentially consistent: either the worker sees the loop closed, or run() sees it
+    // busy.
+    busy_.fetch_add(1);
+    if (open_.load()) work();
+    busy_.fetch_sub(1);
   }
 }
 

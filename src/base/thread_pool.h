@@ -41,7 +41,8 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<bool> open_{false};  // a loop may be joined
+  std::atomic<int> busy_{0};       // workers inside it
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   int64_t count_ = 0;

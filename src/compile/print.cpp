@@ -14,7 +14,7 @@ namespace {
   char line[256];
   std::va_list arguments;
   va_start(arguments, pattern);
-  std::vsnprintf(line, sizeof line, pattern, arguments);
+  std::vsnprintf(line, sizeof line, pattern, arguments);  // NOLINT(clang-analyzer-valist.Uninitialized): it is started
   va_end(arguments);
   return line;
 }

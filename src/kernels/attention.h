@@ -94,6 +94,7 @@ void attention_prepare(const AttentionPrepare& args);
 void paged_attention(const PagedAttention& args);
 }  // namespace reference
 
+// head_dim a multiple of 16 up to 256. attention_prepare gives the bits of the separate steps.
 namespace cpu {
 void split_query_gate(const SplitQueryGate& args, ThreadPool& pool);
 void rope(const Rope& args, ThreadPool& pool);

@@ -108,6 +108,8 @@ void gated_delta_rule(const GatedDeltaRule& args);
 void gdn_mixer(const GdnMixer& args);
 }  // namespace reference
 
+// key_dim a multiple of 16, it and value_dim up to 256; conv_kernel 4. With float32 rows gdn_mixer gives the bits of
+// the separate steps.
 namespace cpu {
 void causal_conv(const CausalConv& args, ThreadPool& pool);
 void gdn_gates(const GdnGates& args, ThreadPool& pool);

@@ -42,7 +42,7 @@ struct TokenLogprob {
 };
 
 struct Sampled {
-  int32_t token = -1;  // -1: the row's logits hold a NaN or +inf; the request must end with an error
+  int32_t token = -1;  // -1: the logits hold a NaN or +inf, or only -inf; the request must end with an error
 };
 
 namespace reference {

@@ -219,7 +219,7 @@ RC_GTEST_PROP(EqualityProperty, AnyScheduleGivesTheBitsOfRunningAlone, ()) {
   const int32_t vocabulary = runner->capacity().vocabulary_size;
   std::vector<Case> cases(*rc::gen::inRange<size_t>(1, 5));
   for (Case& next : cases) {
-    const auto length = *rc::gen::inRange<size_t>(1, 40);
+    const auto length = *rc::gen::inRange<size_t>(1, 24);
     next.prompt = *rc::gen::container<std::vector<int32_t>>(length, rc::gen::inRange<int32_t>(0, vocabulary));
     next.new_tokens = *rc::gen::inRange<int32_t>(1, 5);
     next.sampling.temperature = *rc::gen::element(0.0f, 1.0f);

@@ -20,12 +20,10 @@ void assign_streams(Graph* graph) {
   GraphEditor editor(graph);
   for (int32_t i = 0; i < editor.count(); ++i) {
     const Node& node = graph->nodes[i];
-    if (node.kind == OpKind::kSharedExpertCombine) {
-      mark(graph, editor, node.inputs[1]);
-    } else if (node.kind == OpKind::kAdd &&
-               editor.producer_of_kind(node.inputs[1], OpKind::kScaleRowsBySigmoid) != kNone) {
-      mark(graph, editor, node.inputs[1]);
-    }
+    const bool adds_shared_expert =
+        node.kind == OpKind::kSharedExpertCombine ||
+        (node.kind == OpKind::kAdd && editor.producer_of_kind(node.inputs[1], OpKind::kScaleRowsBySigmoid) != kNone);
+    if (adds_shared_expert) mark(graph, editor, node.inputs[1]);
   }
 }
 

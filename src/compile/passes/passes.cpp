@@ -29,7 +29,7 @@ Status run_passes(Graph* graph, const PassOptions& options, bool fp8) {
   for (const std::string& name : options.disabled) {
     if (std::find(kNames.begin(), kNames.end(), name) != kNames.end()) continue;
     std::string known;
-    for (std::string_view pass : kNames) known += (known.empty() ? "" : ", ") + std::string(pass);
+    for (std::string_view pass : kNames) known.append(known.empty() ? "" : ", ").append(pass);
     return invalid_argument("there is no pass '" + name + "' to disable; the passes are " + known);
   }
   if (options.enabled("merge_projections")) merge_projections(graph, fp8);

@@ -1,6 +1,5 @@
 #include "kernels/memory_bandwidth.h"
 
-#include <emmintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -9,26 +8,13 @@
 #include <cstddef>
 #include <cstring>
 
+#include "kernels/cpu/cpu_features.h"
+#include "kernels/cpu/memory_read.h"
+
 namespace tokenspeed::kernels::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
-constexpr int64_t kLineBytes = 64;
-constexpr int64_t kPrefetchBytes = 4096;
-
-// Touches every byte; the result only keeps the loads alive. 16-byte loads need a quarter of a core's load slots at the
-// rates of memory, so wider ones would measure the same.
-uint32_t read_chunk(const std::byte* data, int64_t bytes) {
-  __m128i sums[4] = {};
-  for (int64_t i = 0; i < bytes; i += kLineBytes) {
-    __builtin_prefetch(data + i + kPrefetchBytes);
-    for (int j = 0; j < 4; ++j) {
-      sums[j] = _mm_xor_si128(sums[j], _mm_load_si128(reinterpret_cast<const __m128i*>(data + i) + j));
-    }
-  }
-  const __m128i all = _mm_xor_si128(_mm_xor_si128(sums[0], sums[1]), _mm_xor_si128(sums[2], sums[3]));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(all));
-}
 
 }  // namespace
 
@@ -40,11 +26,12 @@ double measure_read_bandwidth(int64_t bytes, int repetitions, ThreadPool& pool) 
   madvise(memory, size, MADV_HUGEPAGE);  // as weights are held
   std::byte* data = static_cast<std::byte*>(memory);
   pool.parallel_for(chunks, [&](int64_t i) { std::memset(data + i * kChunkBytes, 1, kChunkBytes); });
+  const auto read = instruction_set() == InstructionSet::kAvx2 ? &read_memory_avx2 : &read_memory_avx512;
   double best = 0;
-  std::atomic<uint32_t> sink{0};
+  std::atomic<int64_t> sink{0};
   for (int i = 0; i < repetitions; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    pool.parallel_for(chunks, [&](int64_t chunk) { sink += read_chunk(data + chunk * kChunkBytes, kChunkBytes); });
+    pool.parallel_for(chunks, [&](int64_t chunk) { sink += read(data + chunk * kChunkBytes, kChunkBytes); });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(size) / elapsed.count() / 1e9);
   }

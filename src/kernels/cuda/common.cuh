@@ -1,9 +1,9 @@
 // What the kernels for few tokens share beyond tensor_core.cuh: programmatic dependent launch, streaming copies, FP8
 // conversion, order-preserving keys.
 //
-// The rule of dependent launch here: a kernel first starts what does not depend on its predecessor (weights), then calls
-// wait_for_predecessor() in every block, then allow_successor(). So code before the wait may read what was written at
-// least two launches earlier, and nothing is overwritten that an unfinished kernel still reads.
+// The rule of dependent launch here: a kernel first starts what does not depend on its predecessor (weights), then
+// calls wait_for_predecessor() in every block, then allow_successor(). So code before the wait may read what was
+// written at least two launches earlier, and nothing is overwritten that an unfinished kernel still reads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -53,8 +53,8 @@ __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_floa
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float round_bf16(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
-// Four FP8 E4M3 values as two pairs of bfloat16, times 2^-120: the exponent and mantissa bits moved in place, exact also
-// for subnormals. even = elements (0, 2), odd = (1, 3). 0x7f (NaN) is not kept: checkpoints hold none.
+// Four FP8 E4M3 values as two pairs of bfloat16, times 2^-120: the exponent and mantissa bits moved in place, exact
+// also for subnormals. even = elements (0, 2), odd = (1, 3). 0x7f (NaN) is not kept: checkpoints hold none.
 inline constexpr float kFp8Scale = 0x1p120f;
 __device__ __forceinline__ void fp8_to_bf16(uint32_t word, uint32_t& even, uint32_t& odd) {
   const uint32_t up = word << 8;

@@ -152,4 +152,26 @@ struct DecodeArgmax {
 int64_t decode_argmax_workspace_bytes(int64_t rows);
 Status decode_argmax(const DecodeArgmax& args, const Launch& launch);
 
+// Parameters of one row, in device memory (they change from step to step of one captured graph).
+struct DecodeSampleRow {
+  float temperature = 1.0f;  // 0: greedy
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  int32_t top_k = 0;  // 0: off
+  uint64_t seed = 0;
+  int64_t position = 0;
+};
+// Steps 3 to 5 of kernels/sampling.h on the device (bias and penalties must have been applied to the logits): the same
+// token as the CPU's but where a sum of probabilities meets top_p within rounding of double.
+// Launch: one cluster of 8 blocks per row, which holds the row in shared memory. vocabulary <= 400,000.
+struct DecodeSample {
+  int64_t rows = 0;
+  int64_t vocabulary = 0;
+  const float* logits = nullptr;
+  int64_t stride = 0;
+  const DecodeSampleRow* parameters = nullptr;  // [T]
+  int32_t* tokens = nullptr;                    // [T]; -1: a NaN or +inf among the logits, or all are -inf
+};
+Status decode_sample(const DecodeSample& args, const Launch& launch);
+
 }  // namespace tokenspeed::kernels::cuda

@@ -1,5 +1,5 @@
-// decode_argmax: blocks over slices of a row fold (value, lower id first) into one 64-bit maximum per row; the last block
-// of a row writes the token and leaves the workspace as it found it.
+// decode_argmax: blocks over slices of a row fold (value, lower id first) into one 64-bit maximum per row; the last
+// block of a row writes the token and leaves the workspace as it found it.
 #include <string>
 
 #include "kernels/cuda/common.cuh"
@@ -21,8 +21,8 @@ __device__ inline unsigned long long candidate(float value, int id) {
   return static_cast<unsigned long long>(ordered_bits(value)) << 32 | static_cast<uint32_t>(~id);
 }
 
-__global__ void __launch_bounds__(kThreads) decode_argmax_kernel(const float* logits, int64_t stride, int vocabulary,
-                                                                 int32_t* tokens, ArgmaxState* states) {
+__global__ void __launch_bounds__(kThreads)
+    decode_argmax_kernel(const float* logits, int64_t stride, int vocabulary, int32_t* tokens, ArgmaxState* states) {
   __shared__ unsigned long long best_of_warp[kThreads / kWarp];
   wait_for_predecessor();
   allow_successor();
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) decode_argmax_kernel(const float* lo
   __threadfence();
   const unsigned long long winner = atomicExch(&state.best, 0ull);
   const bool nothing = winner >> 32 == ordered_bits(-INFINITY);
-  tokens[blockIdx.y] = atomicExch(&state.bad, 0u) != 0 || nothing ? -1 : static_cast<int32_t>(~static_cast<uint32_t>(winner));
+  tokens[blockIdx.y] =
+      atomicExch(&state.bad, 0u) != 0 || nothing ? -1 : static_cast<int32_t>(~static_cast<uint32_t>(winner));
   atomicExch(&state.finished, 0u);
 }
 
@@ -62,9 +63,9 @@ Status decode_argmax(const DecodeArgmax& args, const Launch& launch) {
   if (args.rows < 1 || args.rows > kDecodeTokens || args.vocabulary < 1) {
     return invalid_argument("decode_argmax: rows is " + std::to_string(args.rows) + ", 1 to 8 are taken");
   }
-  return launch_kernel("decode_argmax", launch, decode_argmax_kernel,
-                       dim3(kBlocks, static_cast<unsigned>(args.rows)), kThreads, 0, 1, args.logits, args.stride,
-                       static_cast<int>(args.vocabulary), args.tokens, static_cast<ArgmaxState*>(args.workspace));
+  return launch_kernel("decode_argmax", launch, decode_argmax_kernel, dim3(kBlocks, static_cast<unsigned>(args.rows)),
+                       kThreads, 0, 1, args.logits, args.stride, static_cast<int>(args.vocabulary), args.tokens,
+                       static_cast<ArgmaxState*>(args.workspace));
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -1,10 +1,10 @@
 // decode_attention: softmax over all keys for the step's few tokens, split over blocks of kDecodeKeyBlock keys.
 //
-// A block takes (64 keys, KV head, sequence): it fetches the older keys and values before the wait, forms the normed and
-// turned queries of its group from the projections, adds the step's own keys and values where they fall into its range
-// (and writes them to the pages), and computes S = Q K^T, P = exp(S - m), O = P V on the tensor cores, 16 (token, head)
-// rows at a time. Its m, l and O go to the workspace; decode_attention_combine_kernel adds a row's blocks in an order that
-// depends on their number alone. With one block the result is final and the second launch is not made.
+// A block takes (64 keys, KV head, sequence): it fetches the older keys and values before the wait, forms the normed
+// and turned queries of its group from the projections, adds the step's own keys and values where they fall into its
+// range (and writes them to the pages), and computes S = Q K^T, P = exp(S - m), O = P V on the tensor cores, 16 (token,
+// head) rows at a time. Its m, l and O go to the workspace; decode_attention_combine_kernel adds a row's blocks in an
+// order that depends on their number alone. With one block the result is final and the second launch is not made.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -57,8 +57,8 @@ struct AttentionShared {
   int position[kDecodeTokens];
 };
 
-// Eight dims per lane of a head: zero-centred norm over 256, then the rotation of the first 2 * pairs dims (pairs is 32:
-// dim i and i + 32 are four lanes apart), rounded once.
+// Eight dims per lane of a head: zero-centred norm over 256, then the rotation of the first 2 * pairs dims (pairs is
+// 32: dim i and i + 32 are four lanes apart), rounded once.
 __device__ inline uint4 norm_and_turn(const uint4& raw, const float* weight, float epsilon, const float2* turn) {
   const int lane = threadIdx.x % kWarp;
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -141,8 +141,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
     const int position = first + thread;
     int64_t row = -1;
     if (position < context) {
-      const int32_t page =
-          p.batch.page_table[sequence * p.batch.page_table_stride + position / p.pages.page_size];
+      const int32_t page = p.batch.page_table[sequence * p.batch.page_table_stride + position / p.pages.page_size];
       row = static_cast<int64_t>(page) * p.pages.page_size + position % p.pages.page_size;
     }
     s.page_row[thread] = row;
@@ -170,7 +169,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
       const int64_t row = s.page_row[warp + j * kWarps];
       raw[0][j] = raw[1][j] = {0, 0};
       if (row < 0) continue;
-      raw[0][j] = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.pages.keys) + page_offset(row) + lane * 8);
+      raw[0][j] =
+          *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.pages.keys) + page_offset(row) + lane * 8);
       raw[1][j] =
           *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.pages.values) + page_offset(row) + lane * 8);
     }
@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
   for (int t = warp; t < tokens; t += kWarps) {
     const int local = context + t - first;
     if (local < 0 || local >= kKeys) continue;
-    const uint4 raw = *reinterpret_cast<const uint4*>(p.key + (token_begin + t) * p.key_stride + kv_head * kHeadDim + lane * 8);
+    const uint4 raw =
+        *reinterpret_cast<const uint4*>(p.key + (token_begin + t) * p.key_stride + kv_head * kHeadDim + lane * 8);
     uint4 key = norm_and_turn(raw, p.key_norm, p.epsilon, s.turn[t]);
     uint4 value =
         *reinterpret_cast<const uint4*>(p.value + (token_begin + t) * p.value_stride + kv_head * kHeadDim + lane * 8);
@@ -297,8 +298,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const uint32_t g = *reinterpret_cast<const uint32_t*>(gate + dim + j * 8);
-          *reinterpret_cast<uint32_t*>(out + dim + j * 8) = pack_bf16(o[j][half * 2] / ml.y * sigmoid(bf16_low(g)),
-                                                                      o[j][half * 2 + 1] / ml.y * sigmoid(bf16_high(g)));
+          *reinterpret_cast<uint32_t*>(out + dim + j * 8) = pack_bf16(
+              o[j][half * 2] / ml.y * sigmoid(bf16_low(g)), o[j][half * 2 + 1] / ml.y * sigmoid(bf16_high(g)));
         }
         continue;
       }
@@ -380,7 +381,8 @@ int64_t key_blocks(int64_t max_context) { return (max_context + kKeys - 1) / kKe
 
 Status check(const DecodeAttention& a) {
   const auto bad = [](const std::string& what) { return invalid_argument("decode_attention: " + what); };
-  if (a.shape.head_dim != kHeadDim || a.shape.rotary_dim != 2 * kMaxPairs) return bad("head_dim must be 256, rotary_dim 64");
+  if (a.shape.head_dim != kHeadDim || a.shape.rotary_dim != 2 * kMaxPairs)
+    return bad("head_dim must be 256, rotary_dim 64");
   if (a.shape.kv_heads < 1 || a.shape.query_heads % a.shape.kv_heads != 0 ||
       a.shape.query_heads / a.shape.kv_heads > kMaxGroup) {
     return bad("at most 16 query heads per KV head are taken");

@@ -20,7 +20,7 @@ struct DownMatrix {
 struct DownParameters {
   RouterParameters router;
   DownMatrix routed;
-  DownMatrix shared;           // data null: none
+  DownMatrix shared;  // data null: none
   const float* gate_logit;
   int64_t gate_stride;
   const bf16* h;
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kStreamThreads, 2) decode_down_kernel(const __
     t.lo = m.data + (static_cast<int64_t>(expert) * p.hidden + row + lane / 4) * bytes + lane % 4 * 16;
     t.hi = t.lo + 8 * bytes;
     const int columns = (m.width + 127) / 128;
-    t.scale = kFp8 ? m.scale + (static_cast<int64_t>(expert) * ((p.hidden + 127) / 128) + row / 128) * columns : nullptr;
+    t.scale =
+        kFp8 ? m.scale + (static_cast<int64_t>(expert) * ((p.hidden + 127) / 128) + row / 128) * columns : nullptr;
     t.chunk = task % kParts * chunks / kParts;
     t.chunk_end = (task % kParts + 1) * chunks / kParts;
     return t;
@@ -198,9 +199,11 @@ Status decode_down(const DecodeDown& args, const Launch& launch) {
   const bool routed = args.routed.experts > 0;
   const Matrix& m = routed ? args.routed.down : args.shared_down;
   const bool fp8 = m.dtype == DType::kFloat8E4M3;
-  if (args.rows < 1 || args.rows > kDecodeTokens) return bad("rows is " + std::to_string(args.rows) + ", the limit is 8");
+  if (args.rows < 1 || args.rows > kDecodeTokens)
+    return bad("rows is " + std::to_string(args.rows) + ", the limit is 8");
   if (args.hidden % kTileRows != 0) return bad("hidden must be a multiple of 16");
-  if (args.routed.experts > kDecodeExperts || args.routed.top_k > kDecodeTopK) return bad("at most 512 experts, top 16");
+  if (args.routed.experts > kDecodeExperts || args.routed.top_k > kDecodeTopK)
+    return bad("at most 512 experts, top 16");
   if ((routed && args.width % 64 != 0) || args.shared_width % 64 != 0) return bad("widths must be multiples of 64");
   if (!fp8 && m.dtype != DType::kBFloat16) return bad("weights must be bfloat16 or float8_e4m3");
   if (args.shared_down.data != nullptr && args.shared_down.dtype != m.dtype) return bad("experts of two dtypes");
@@ -208,7 +211,8 @@ Status decode_down(const DecodeDown& args, const Launch& launch) {
   if (routed) {
     p.router = {args.routed.router_logits, args.routed.router_stride, static_cast<int>(args.routed.experts),
                 static_cast<int>(args.routed.top_k), args.routed.normalize};
-    p.routed = {static_cast<const uint8_t*>(args.routed.down.data), args.routed.down.scale, static_cast<int>(args.width)};
+    p.routed = {static_cast<const uint8_t*>(args.routed.down.data), args.routed.down.scale,
+                static_cast<int>(args.width)};
   }
   p.shared = {static_cast<const uint8_t*>(args.shared_down.data), args.shared_down.scale,
               static_cast<int>(args.shared_width)};

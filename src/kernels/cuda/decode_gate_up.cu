@@ -25,7 +25,7 @@ struct GateUpParameters {
   ExpertMatrix routed;
   ExpertMatrix shared;
   int shared_tiles;
-  int routed_tiles;     // of one expert
+  int routed_tiles;  // of one expert
   bf16* h;
   int h_width;
   int32_t* expert_ids;
@@ -60,7 +60,6 @@ struct Unit {
   }
 };
 
-
 template <bool kFp8, int kStages>
 __global__ void __launch_bounds__(kStreamThreads, 2) decode_gate_up_kernel(const __grid_constant__ GateUpParameters p) {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -89,8 +88,8 @@ __global__ void __launch_bounds__(kStreamThreads, 2) decode_gate_up_kernel(const
       return;
     }
     const int block = chunk / 2;
-    ring.push(source.lo + chunk * kChunkBytes, source.hi + chunk * kChunkBytes, kFp8 ? source.scale_lo + block : nullptr,
-              kFp8 ? source.scale_hi + block : nullptr);
+    ring.push(source.lo + chunk * kChunkBytes, source.hi + chunk * kChunkBytes,
+              kFp8 ? source.scale_lo + block : nullptr, kFp8 ? source.scale_hi + block : nullptr);
     if (++chunk == chunk_end) {
       chunk = chunk_begin;
       unit += gridDim.x;
@@ -176,7 +175,8 @@ Status check(const DecodeGateUp& a) {
   if (a.width % kUnitRows != 0 || a.shared_width % kUnitRows != 0) return bad("widths must be multiples of 8");
   const Matrix& m = a.routed.experts > 0 ? a.routed.gate_up : a.shared_gate_up;
   if (a.shared_gate_up.data != nullptr && a.shared_gate_up.dtype != m.dtype) return bad("experts of two dtypes");
-  if (m.dtype != DType::kFloat8E4M3 && m.dtype != DType::kBFloat16) return bad("weights must be bfloat16 or float8_e4m3");
+  if (m.dtype != DType::kFloat8E4M3 && m.dtype != DType::kBFloat16)
+    return bad("weights must be bfloat16 or float8_e4m3");
   if (a.norm_weight != nullptr && a.hidden > kNormLimit) return bad("a fused norm takes at most 8192 columns");
   return {};
 }
@@ -206,8 +206,15 @@ Status decode_gate_up(const DecodeGateUp& args, const Launch& launch) {
   const bool routed = args.routed.experts > 0;
   const bool fp8 = (routed ? args.routed.gate_up : args.shared_gate_up).dtype == DType::kFloat8E4M3;
   const int row_bytes = static_cast<int>(args.hidden * (fp8 ? 1 : 2));
-  p.input = {static_cast<const bf16*>(args.x.data), args.x.stride, args.norm_weight, args.norm_epsilon, nullptr, 0,
-             static_cast<int>(args.rows), static_cast<int>(args.hidden), fp8};
+  p.input = {static_cast<const bf16*>(args.x.data),
+             args.x.stride,
+             args.norm_weight,
+             args.norm_epsilon,
+             nullptr,
+             0,
+             static_cast<int>(args.rows),
+             static_cast<int>(args.hidden),
+             fp8};
   if (routed) {
     p.router = {args.routed.router_logits, args.routed.router_stride, static_cast<int>(args.routed.experts),
                 static_cast<int>(args.routed.top_k), args.routed.normalize};

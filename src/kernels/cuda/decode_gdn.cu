@@ -7,11 +7,12 @@
 //
 // The state, conv tail and conv weights do not depend on the projections of this step and are read before the wait. Per
 // token the products S k and S q are formed together from the old state (o = decay S q + d (k . q)), so there is one
-// reduction over lanes per token. Blocks of a cluster tell each other the squares for the gated norm and meet once after
-// that; the conv tail of q and k, which all eight read, is written then.
+// reduction over lanes per token. Blocks of a cluster tell each other the squares for the gated norm and meet once
+// after that; the conv tail of q and k, which all eight read, is written then.
 #include <cooperative_groups.h>
 
 #include <string>
+#include <utility>
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/decode.h"
@@ -21,9 +22,9 @@ namespace {
 
 constexpr int kDim = 128;
 constexpr int kCluster = 8;
-constexpr int kMaxHeads = 4;                            // value heads per key head
-constexpr int kMaxRows = kDim * kMaxHeads / kCluster;   // state rows per block
-constexpr int kLanes = 8;                               // per state row
+constexpr int kMaxHeads = 4;                           // value heads per key head
+constexpr int kMaxRows = kDim * kMaxHeads / kCluster;  // state rows per block
+constexpr int kLanes = 8;                              // per state row
 constexpr int kTaps = 4;
 
 struct GdnParameters {
@@ -76,7 +77,7 @@ struct Convolution {
 };
 
 template <int kHeads>
-__global__ void __launch_bounds__(kDim * kHeads) decode_gdn_kernel(const __grid_constant__ GdnParameters p) {
+__global__ void __launch_bounds__(kDim* kHeads) decode_gdn_kernel(const __grid_constant__ GdnParameters p) {
   namespace cg = cooperative_groups;
   constexpr int kRows = kDim * kHeads / kCluster;
   constexpr int kThreads = kRows * kLanes;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kDim * kHeads) decode_gdn_kernel(const __grid_
 
   const int key_head = blockIdx.x / kCluster;
   const int rank = blockIdx.x % kCluster;
-  const int first_row = rank * kRows;                      // of the key head's 128 r state rows
+  const int first_row = rank * kRows;  // of the key head's 128 r state rows
   const int sequence = blockIdx.y;
   const int token_begin = p.batch.token_begin[sequence];
   const int tokens = p.batch.token_begin[sequence + 1] - token_begin;
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(kDim * kHeads) decode_gdn_kernel(const __grid_
     return;  // the whole cluster does
   }
 
+  auto started = cluster.barrier_arrive();  // a block's shared memory may be written once it runs
   const int row = thread / kLanes;
   const int part = thread % kLanes;
   const int64_t state_at = (static_cast<int64_t>(key_head) * kHeads * kDim + first_row + row) * kDim + part * 4;
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kDim * kHeads) decode_gdn_kernel(const __grid_
     float u[kDecodeTokens];
 #pragma unroll
     for (int t = 0; t < kDecodeTokens; ++t) u[t] = t < tokens ? __bfloat162float(from[t * p.qkv_stride]) : 0.0f;
-    float (&tail)[kTaps - 1] = conv.tail[i];
+    float(&tail)[kTaps - 1] = conv.tail[i];
     const float4 w = conv.weight[i];
 #pragma unroll
     for (int t = 0; t < kDecodeTokens; ++t) {
@@ -226,6 +228,7 @@ __global__ void __launch_bounds__(kDim * kHeads) decode_gdn_kernel(const __grid_
   for (int j = 0; j < 4; ++j) *reinterpret_cast<float4*>(to + j * 32) = state[j];
   __syncthreads();
 
+  cluster.barrier_wait(std::move(started));
   const int first_head = first_row / kDim;
   for (int t = warp; t < tokens; t += kThreads / kWarp) {
     float first = 0;
@@ -288,22 +291,40 @@ Status decode_gdn(const GdnMixer& args, const Launch& launch) {
                " key heads; 1 to 4 per key head are taken");
   }
   if (args.batch.tokens > kDecodeTokens) return bad("more than 8 tokens");
-  if (args.state.conv_dtype != DType::kBFloat16 || args.qkv.dtype != DType::kBFloat16) return bad("rows must be bfloat16");
-  GdnParameters p = {args.batch, args.state.recurrent, args.state.conv, args.state.slot_stride,
-                     static_cast<const bf16*>(args.qkv.data), args.qkv.stride,
-                     static_cast<const bf16*>(args.z.data), args.z.stride,
-                     static_cast<const bf16*>(args.b.data), args.b.stride,
-                     static_cast<const bf16*>(args.a.data), args.a.stride,
-                     args.conv_weight, args.a_log, args.dt_bias, args.norm_weight, args.epsilon,
-                     static_cast<bf16*>(args.out.data), args.out.stride,
-                     static_cast<int>(shape.key_heads), static_cast<int>(shape.channels())};
+  if (args.state.conv_dtype != DType::kBFloat16 || args.qkv.dtype != DType::kBFloat16)
+    return bad("rows must be bfloat16");
+  GdnParameters p = {args.batch,
+                     args.state.recurrent,
+                     args.state.conv,
+                     args.state.slot_stride,
+                     static_cast<const bf16*>(args.qkv.data),
+                     args.qkv.stride,
+                     static_cast<const bf16*>(args.z.data),
+                     args.z.stride,
+                     static_cast<const bf16*>(args.b.data),
+                     args.b.stride,
+                     static_cast<const bf16*>(args.a.data),
+                     args.a.stride,
+                     args.conv_weight,
+                     args.a_log,
+                     args.dt_bias,
+                     args.norm_weight,
+                     args.epsilon,
+                     static_cast<bf16*>(args.out.data),
+                     args.out.stride,
+                     static_cast<int>(shape.key_heads),
+                     static_cast<int>(shape.channels())};
   const dim3 grid(static_cast<unsigned>(shape.key_heads * kCluster), static_cast<unsigned>(args.batch.sequences));
   const int threads = static_cast<int>(kDim * heads);
   switch (heads) {
-    case 1: return launch_kernel("decode_gdn", launch, decode_gdn_kernel<1>, grid, threads, 0, kCluster, p);
-    case 2: return launch_kernel("decode_gdn", launch, decode_gdn_kernel<2>, grid, threads, 0, kCluster, p);
-    case 3: return launch_kernel("decode_gdn", launch, decode_gdn_kernel<3>, grid, threads, 0, kCluster, p);
-    default: return launch_kernel("decode_gdn", launch, decode_gdn_kernel<4>, grid, threads, 0, kCluster, p);
+    case 1:
+      return launch_kernel("decode_gdn", launch, decode_gdn_kernel<1>, grid, threads, 0, kCluster, p);
+    case 2:
+      return launch_kernel("decode_gdn", launch, decode_gdn_kernel<2>, grid, threads, 0, kCluster, p);
+    case 3:
+      return launch_kernel("decode_gdn", launch, decode_gdn_kernel<3>, grid, threads, 0, kCluster, p);
+    default:
+      return launch_kernel("decode_gdn", launch, decode_gdn_kernel<4>, grid, threads, 0, kCluster, p);
   }
 }
 

@@ -15,7 +15,7 @@ struct SegmentParameters {
   void* y;
   int64_t y_stride;
   int n;
-  int tile_end;     // first tile of the next segment
+  int tile_end;  // first tile of the next segment
   int row_bytes;
   bool fp8;
   bool y_float;
@@ -25,7 +25,7 @@ struct SegmentParameters {
 struct LinearParameters {
   StagedInput input;
   int tiles;
-  int slots;        // tiles whose partial sums are held before they are added
+  int slots;  // tiles whose partial sums are held before they are added
   int segment_count;
   SegmentParameters segments[kDecodeSegments];
 };
@@ -34,7 +34,7 @@ struct LinearParameters {
 struct Tile {
   int index;
   int segment;
-  int row;          // first row in the segment
+  int row;  // first row in the segment
   int chunk;
   int chunk_end;
 
@@ -42,7 +42,8 @@ struct Tile {
     index = tile;
     segment = 0;
     int begin = 0;
-    while (segment + 1 < p.segment_count && tile >= p.segments[segment].tile_end) begin = p.segments[segment++].tile_end;
+    while (segment + 1 < p.segment_count && tile >= p.segments[segment].tile_end)
+      begin = p.segments[segment++].tile_end;
     row = (tile - begin) * kTileRows;
     const int warp = threadIdx.x / kWarp;
     const int chunks = p.segments[segment].row_bytes / kChunkBytes;
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(kStreamThreads, 2) decode_linear_kernel(const 
   const int per_warp = kTileRows * rows;
   const int first_tile = blockIdx.x + static_cast<int>(threadIdx.x) / per_warp * gridDim.x;
   Output first = {};
-  if (first_tile < p.tiles) first = locate(p, first_tile, static_cast<int>(threadIdx.x) % per_warp / rows, threadIdx.x % rows);
+  if (first_tile < p.tiles)
+    first = locate(p, first_tile, static_cast<int>(threadIdx.x) % per_warp / rows, threadIdx.x % rows);
   const bool has_residual = threadIdx.x < p.slots * per_warp && first.at != nullptr && first.accumulate;
 
   wait_for_predecessor();
@@ -225,9 +227,16 @@ Status decode_linear(const DecodeLinear& args, const Launch& launch) {
     const DecodeSegment& s = args.segments[i];
     const bool fp8 = s.weight.dtype == DType::kFloat8E4M3;
     p.tiles += static_cast<int>((s.weight.n + kTileRows - 1) / kTileRows);
-    p.segments[i] = {static_cast<const uint8_t*>(s.weight.data), s.weight.scale, s.y.data, s.y.stride,
-                     static_cast<int>(s.weight.n), p.tiles, static_cast<int>(s.weight.k * (fp8 ? 1 : 2)), fp8,
-                     s.y.dtype == DType::kFloat32, s.accumulate};
+    p.segments[i] = {static_cast<const uint8_t*>(s.weight.data),
+                     s.weight.scale,
+                     s.y.data,
+                     s.y.stride,
+                     static_cast<int>(s.weight.n),
+                     p.tiles,
+                     static_cast<int>(s.weight.k * (fp8 ? 1 : 2)),
+                     fp8,
+                     s.y.dtype == DType::kFloat32,
+                     s.accumulate};
     p.input.fp8 |= fp8;
   }
   p.input.x = static_cast<const bf16*>(args.x.data);

@@ -1,5 +1,5 @@
-// The router's choice for the step's rows, made again in every block that needs it: top-k of the softmax, and the list of
-// distinct experts with who chose them.
+// The router's choice for the step's rows, made again in every block that needs it: top-k of the softmax, and the list
+// of distinct experts with who chose them.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -8,7 +8,7 @@
 namespace tokenspeed::kernels::cuda {
 
 struct RouterParameters {
-  const float* logits;   // null: no routed experts
+  const float* logits;  // null: no routed experts
   int64_t stride;
   int experts;
   int top_k;
@@ -21,11 +21,11 @@ inline constexpr int kRoutingPairs = kDecodeTokens * kDecodeTopK;
 struct Routing {
   int first_pair[kDecodeExperts];
   int index_of_pair[kRoutingPairs];
-  int ids[kRoutingPairs];          // [t][i] at t * top_k + i
+  int ids[kRoutingPairs];  // [t][i] at t * top_k + i
   float weights[kRoutingPairs];
   int distinct[kRoutingPairs];
   int8_t slot[kRoutingPairs][kDecodeTokens];
-  int count;                       // distinct experts
+  int count;  // distinct experts
 };
 
 // Row t's logits are warp t's. Ties go to the lower id. kPerLane * 32 >= experts.
@@ -40,7 +40,7 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
     keys[i] = expert < router.experts ? ordered_bits(logits[expert]) : 0;
   }
   float greatest = 0;
-  float mine = 0;   // lane i: exp(logit of choice i - greatest)
+  float mine = 0;  // lane i: exp(logit of choice i - greatest)
   for (int choice = 0; choice < router.top_k; ++choice) {
     uint32_t best[kPerLane];
 #pragma unroll
@@ -73,8 +73,8 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
   if (lane < router.top_k) routing.weights[t * router.top_k + lane] = mine / sum;
 }
 
-// All threads of the block (at least kDecodeTokens warps); ends with a barrier. The order of `distinct` is that of first
-// choice; nothing that is computed depends on it.
+// All threads of the block (at least kDecodeTokens warps); ends with a barrier. The order of `distinct` is that of
+// first choice; nothing that is computed depends on it.
 __device__ inline void route_rows(const RouterParameters& router, int rows, Routing& routing) {
   const int warp = threadIdx.x / kWarp;
   const int pairs = rows * router.top_k;
@@ -90,7 +90,8 @@ __device__ inline void route_rows(const RouterParameters& router, int rows, Rout
     }
   }
   __syncthreads();
-  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) atomicMin(&routing.first_pair[routing.ids[pair]], pair);
+  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x)
+    atomicMin(&routing.first_pair[routing.ids[pair]], pair);
   __syncthreads();
   if (warp == 0) {
     const int lane = threadIdx.x % kWarp;

@@ -1,18 +1,19 @@
-// The engine of the weight-streaming kernels: tiles of 16 weight rows times at most 8 activation rows on the tensor cores.
+// The engine of the weight-streaming kernels: tiles of 16 weight rows times at most 8 activation rows on the tensor
+// cores.
 //
-// A block is 16 warps. A tile [16, k] is cut along k into chunks of 64 bytes per row; each warp owns a fixed run of chunks
-// and streams them through a ring of its own in shared memory, a lane reading only what it copied itself, so the main
-// loop has no block barrier:
+// A block is 16 warps. A tile [16, k] is cut along k into chunks of 64 bytes per row; each warp owns a fixed run of
+// chunks and streams them through a ring of its own in shared memory, a lane reading only what it copied itself, so the
+// main loop has no block barrier:
 //
 //        row g   : | lane 4g: 16 B | 4g+1 | 4g+2 | 4g+3 |     one chunk, rows 0..7
 //        row g+8 : | lane 4g: 16 B | 4g+1 | 4g+2 | 4g+3 |     rows 8..15
 //
 // Lane 4g+c holds k elements that the tensor core believes to be (2c, 2c+1, 2c+8, 2c+9) of 16; the activations are read
-// from shared memory in the same order, so the sum is the same. Columns of the product are the step's rows; each column's
-// arithmetic does not depend on the others, which is why a row's bits do not depend on T.
+// from shared memory in the same order, so the sum is the same. Columns of the product are the step's rows; each
+// column's arithmetic does not depend on the others, which is why a row's bits do not depend on T.
 //
-// FP8 weights become float16 (exact, one instruction for two); the activations they meet are staged as float16 times 2^-3,
-// so values up to 500,000 are kept and nothing above 2.4e-7 is lost, far below bfloat16's own rounding.
+// FP8 weights become float16 (exact, one instruction for two); the activations they meet are staged as float16 times
+// 2^-3, so values up to 500,000 are kept and nothing above 2.4e-7 is lost, far below bfloat16's own rounding.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -54,7 +55,10 @@ class WeightRing {
     __syncwarp();  // the scales were copied by two lanes for all
     lo = load16_shared(data_ + out_ * kStageBytes);
     hi = load16_shared(data_ + out_ * kStageBytes + kStageBytes / 2);
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale.x), "=f"(scale.y) : "r"(scales_ + out_ * 8) : "memory");
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(scale.x), "=f"(scale.y)
+                 : "r"(scales_ + out_ * 8)
+                 : "memory");
     if (++out_ == kStages) out_ = 0;
   }
 
@@ -67,10 +71,9 @@ class WeightRing {
 
 // d += a b as multiply_add(), float16 in.
 __device__ __forceinline__ void multiply_add_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   uint32_t pair;
@@ -169,7 +172,7 @@ struct StagedInput {
   int64_t stride;
   const float* norm_weight;
   float epsilon;
-  bf16* normed;            // written by block 0 when not null
+  bf16* normed;  // written by block 0 when not null
   int64_t normed_stride;
   int rows;
   int k;
@@ -260,7 +263,8 @@ __device__ __forceinline__ void store_partial(float* partial, const float (&acc)
   }
 }
 
-// The largest of these shared memories that a block may take, and the target that lets two kernels share a multiprocessor.
+// The largest of these shared memories that a block may take, and the target that lets two kernels share a
+// multiprocessor.
 inline constexpr size_t kSharedLimit = 227 * 1024;
 
 }  // namespace tokenspeed::kernels::cuda

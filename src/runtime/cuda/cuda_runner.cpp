@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <string>
 
 #include "kernels/cuda/decode.h"
@@ -11,6 +12,7 @@ namespace tokenspeed::runtime {
 namespace {
 
 constexpr int32_t kMostGraphTokens = 128;  // beyond it a step takes longer than its launches
+constexpr int64_t kLeastContextClass = 1024;
 constexpr int kPollsPerQuery = 4096;
 
 // Random draws, penalties, biases and log probabilities are worked out on the host.
@@ -58,32 +60,44 @@ Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
   input_->fill(*batch_, sequences, wanted_rows_, ++number_);
   TS_RETURN_IF_ERROR(input_->send(rank_.streams[0]));
   const kernels::SequenceBatch& batch = batch_->batch();
+  const GraphKey key = {batch.sequences, batch.tokens, context_class(sequences)};
   const bool one_token_each = batch.tokens == batch.sequences && static_cast<int32_t>(wanted_.size()) == batch.tokens;
   cudaGraphExec_t graph = nullptr;
   if (use_graphs_ && on_device_ && one_token_each && batch.tokens <= kMostGraphTokens) {
-    TS_ASSIGN_OR_RETURN(graph, graph_of({batch.sequences, batch.tokens}));
+    TS_ASSIGN_OR_RETURN(graph, graph_of(key));
   }
   if (graph) {
     TS_RETURN_IF_ERROR(cuda_check(cudaGraphLaunch(graph, rank_.streams[0]), "launching the step's graph"));
   } else {
-    TS_RETURN_IF_ERROR(enqueue(batch.sequences, batch.tokens));
+    TS_RETURN_IF_ERROR(enqueue(key));
   }
   in_flight_ = true;
   return {};
 }
 
 // Everything after the input block has been sent; captured for graphs.
-Status CudaRunner::enqueue(int32_t sequences, int32_t tokens) {
-  TS_RETURN_IF_ERROR(input_->expand(sequences, tokens, rank_.streams[0]));
-  const CudaStep step = input_->step(sequences, tokens, static_cast<int32_t>(wanted_.size()));
-  TS_RETURN_IF_ERROR(body_.run_body(rank_, step));
-  return on_device_ ? enqueue_sampling(step) : Status();
+Status CudaRunner::enqueue(const GraphKey& key) {
+  TS_RETURN_IF_ERROR(input_->expand(key.sequences, key.tokens, rank_.streams[0]));
+  const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(wanted_.size()));
+  const bool fused = !decode_.empty() && key.tokens <= kernels::cuda::kDecodeTokens;
+  TS_RETURN_IF_ERROR(fused ? decode_.run_body(rank_, step, key.max_context) : body_.run_body(rank_, step));
+  return on_device_ ? enqueue_sampling(step, fused) : Status();
 }
 
-Status CudaRunner::enqueue_sampling(const CudaStep& step) {
+// Positions no sequence of the step reaches beyond: a power of two, so that a captured step serves for long.
+int64_t CudaRunner::context_class(std::span<const SequenceStep> sequences) const {
+  int64_t longest = kLeastContextClass;
+  for (const SequenceStep& step : sequences) {
+    longest = std::max(longest, step.context + static_cast<int64_t>(step.tokens.size()));
+  }
+  const int64_t rounded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(longest)));
+  return std::min<int64_t>(rounded, std::max<int64_t>(capacity_.max_model_length, longest));
+}
+
+Status CudaRunner::enqueue_sampling(const CudaStep& step, bool fused) {
   int32_t* tokens = reinterpret_cast<int32_t*>(tokens_.data());
   if (step.wanted_count > 0) {
-    TS_RETURN_IF_ERROR(body_.run_head(rank_, step));
+    TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step) : body_.run_head(rank_, step));
     const compile::Program& program = body_.program();
     const kernels::Rows logits = body_.rows(rank_, program.logits);
     const kernels::cuda::Launch launch = {.stream = rank_.streams[0], .dependent = false};
@@ -104,7 +118,7 @@ Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   if (first_use || known->second.get()) return known->second.get();
   const cudaStream_t stream = rank_.streams[0];
   TS_RETURN_IF_ERROR(cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capturing a step"));
-  const Status enqueued = enqueue(key.sequences, key.tokens);
+  const Status enqueued = enqueue(key);
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
   const CudaOwner<cudaGraph_t, cudaGraphDestroy> owner(graph);

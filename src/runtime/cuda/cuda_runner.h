@@ -18,6 +18,7 @@
 #include "compile/passes/pass.h"
 #include "compile/weight_source.h"
 #include "runtime/cuda/cuda_program.h"
+#include "runtime/cuda/decode_plan.h"
 #include "runtime/cuda/step_input.h"
 #include "runtime/logit_rows.h"
 #include "runtime/runner.h"
@@ -39,6 +40,7 @@ struct CudaRunnerOptions {
   int32_t state_slots = 0;        // 0: max_sequences
   int32_t load_threads = 0;       // 0: as many as help
   bool graphs = true;             // capture steps of one token per sequence
+  bool fused_decode = true;       // the kernels for few tokens where the model allows
   bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
   int32_t rank = 0;
   compile::PassOptions passes;
@@ -61,12 +63,14 @@ class CudaRunner : public Runner {
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
   int64_t weight_bytes() const { return weights_.bytes(); }
+  bool decodes_fused() const { return !decode_.empty(); }  // few tokens run on the fused kernels
 
  private:
-  // A step that is replayed: its sizes. Every row is sampled greedily.
+  // A step that is replayed: its sizes, and a bound on its contexts. Every row is sampled greedily.
   struct GraphKey {
     int32_t sequences;
     int32_t tokens;
+    int64_t max_context;
     auto operator<=>(const GraphKey&) const = default;
   };
   using GraphExec = CudaOwner<cudaGraphExec_t, cudaGraphExecDestroy>;
@@ -75,8 +79,9 @@ class CudaRunner : public Runner {
   Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CudaRunnerOptions& options);
   Status allocate(const CudaRunnerOptions& options);
   bool samples_on_device(std::span<const SequenceStep> sequences) const;
-  Status enqueue(int32_t sequences, int32_t tokens);
-  Status enqueue_sampling(const CudaStep& step);
+  int64_t context_class(std::span<const SequenceStep> sequences) const;
+  Status enqueue(const GraphKey& key);
+  Status enqueue_sampling(const CudaStep& step, bool fused);
   // Captures at the second use of a key: the first runs singly and loads what its kernels need. Null: not captured yet.
   Result<cudaGraphExec_t> graph_of(const GraphKey& key);
   Status wait_for_tokens();
@@ -86,6 +91,7 @@ class CudaRunner : public Runner {
   Device device_;
   CudaWeights weights_;
   CudaProgram body_;
+  DecodePlan decode_;  // empty: the kernels for any number of tokens do
   CudaCaches caches_;
   DeviceMemory arena_, workspace_[kStreams], tokens_, sample_workspace_;
   Stream streams_[kStreams];

@@ -1,0 +1,9 @@
+#include "kernels/cpu/memory_read.h"
+
+namespace tokenspeed::kernels::cpu {
+
+using Vector = int64_t __attribute__((vector_size(32), may_alias));
+
+int64_t read_memory_avx2(const std::byte* data, int64_t bytes) { return read_memory<Vector>(data, bytes); }
+
+}  // namespace tokenspeed::kernels::cpu

@@ -1,0 +1,380 @@
+#include "runtime/cuda/decode_plan.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "kernels/cuda/decode.h"
+#include "kernels/cuda/norm.h"
+#include "runtime/cuda/cuda_call.h"
+
+namespace tokenspeed::runtime {
+
+using compile::kNone;
+using compile::Operation;
+using compile::OpKind;
+using kernels::Rows;
+namespace cuda = kernels::cuda;
+
+// Walks the operations in order and replaces what belongs together by one call.
+class DecodePlanBuilder {
+ public:
+  DecodePlanBuilder(const CudaProgram& program, int64_t max_context)
+      : program_(program),
+        operations_(program.program().operations),
+        max_context_(max_context),
+        done_(operations_.size(), false) {}
+
+  Result<DecodePlan> build() {
+    plan_.program_ = &program_;
+    TS_RETURN_IF_ERROR(allocate());
+    for (int32_t i = 0; i < program_.program().head_begin; ++i) {
+      if (done_[i]) continue;
+      TS_ASSIGN_OR_RETURN(const bool known, place(i));
+      if (!known) return DecodePlan();
+    }
+    return std::move(plan_);
+  }
+
+ private:
+  using Context = DecodePlan::Context;
+
+  Status allocate() {
+    int64_t bytes = 0;
+    const auto take = [&](int64_t size) {
+      const int64_t at = bytes;
+      bytes += (size + 255) / 256 * 256;
+      return at;
+    };
+    int64_t h_columns = 0, attention = 0, gates = 0;
+    for (const Operation& op : operations_) {
+      if (op.kind == OpKind::kExperts)
+        h_columns = std::max(h_columns, (op.attributes.top_k + 1) * std::max(op.attributes.width, shared_width(op)));
+      if (op.kind == OpKind::kAttention) {
+        attention = std::max(
+            attention, cuda::decode_attention_workspace_bytes(attention_shape(op), cuda::kDecodeTokens, max_context_));
+      }
+      if (op.kind == OpKind::kSharedExpertCombine) ++gates;
+    }
+    const int64_t logits = take(cuda::kDecodeTokens * cuda::kDecodeExperts * 4);
+    const int64_t gate_logits = take(cuda::kDecodeTokens * 8 * 4);
+    const int64_t h = take(cuda::kDecodeTokens * h_columns * 2);
+    const int64_t attention_at = take(attention);
+    const int64_t gate_weights = take(gates * program_.program().hidden_size * 2);
+    TS_ASSIGN_OR_RETURN(plan_.scratch_, DeviceMemory::allocate(bytes, "decoding"));
+    std::byte* base = plan_.scratch_.data();
+    router_logits_ = reinterpret_cast<float*>(base + logits);
+    gate_logits_ = reinterpret_cast<float*>(base + gate_logits);
+    h_ = base + h;
+    attention_workspace_ = base + attention_at;
+    next_gate_ = base + gate_weights;
+    return {};
+  }
+
+  // Operations that read the value's memory.
+  std::vector<int32_t> readers(int32_t value) const {
+    std::vector<int32_t> found;
+    for (int32_t i = 0; i < static_cast<int32_t>(operations_.size()); ++i) {
+      const auto& inputs = operations_[i].inputs;
+      if (std::find(inputs.begin(), inputs.end(), value) != inputs.end()) found.push_back(i);
+    }
+    return found;
+  }
+  int32_t reader_of_kind(int32_t value, OpKind kind) const {
+    for (int32_t i : readers(value)) {
+      if (operations_[i].kind == kind) return i;
+    }
+    return kNone;
+  }
+  int32_t writer(int32_t value) const {
+    for (int32_t i = 0; i < static_cast<int32_t>(operations_.size()); ++i) {
+      const auto& outputs = operations_[i].outputs;
+      if (std::find(outputs.begin(), outputs.end(), value) != outputs.end()) return i;
+    }
+    return kNone;
+  }
+  int64_t shared_width(const Operation& experts) const {
+    for (int32_t i : readers(experts.inputs[0])) {
+      if (operations_[i].kind == OpKind::kLinear && operations_[i].stream == 1) {
+        return program_.program().values[operations_[i].outputs[0]].columns / 2;
+      }
+    }
+    return 0;
+  }
+
+  void push(int32_t operation, std::function<Status(const Context&)> run) {
+    plan_.calls_.push_back({operation, std::move(run)});
+  }
+
+  Result<bool> place(int32_t index) {
+    const Operation& op = operations_[index];
+    switch (op.kind) {
+      case OpKind::kEmbedding:
+      case OpKind::kSwiGlu:
+        generic(index);
+        return true;
+      case OpKind::kRmsNorm:
+        return norm(index);
+      case OpKind::kLinear:
+        return op.attributes.fused_norm ? projections(index, op.inputs[0], program_.weight(op, 1).vector(), {index})
+                                        : branch(index);
+      case OpKind::kGdnMixer:
+        return mixer(index);
+      case OpKind::kAttentionPrepare:
+        return true;  // the attention takes it along
+      case OpKind::kAttention:
+        return attention(index);
+      default:
+        return false;
+    }
+  }
+
+  void generic(int32_t index) {
+    push(index,
+         [program = &program_, index](const Context& c) { return call_operation(*program, c.rank, c.step, index); });
+  }
+
+  // The residual sum has been made by the branch before; what reads the norm follows with it.
+  Result<bool> norm(int32_t index) {
+    const Operation& op = operations_[index];
+    const int32_t combine = reader_of_kind(op.outputs[0], OpKind::kSharedExpertCombine);
+    if (combine != kNone) return experts(index, combine);
+    std::vector<int32_t> linears;
+    for (int32_t i : readers(op.outputs[0])) {
+      if (operations_[i].kind != OpKind::kLinear) continue;
+      linears.push_back(i);
+      done_[i] = true;
+    }
+    const float* weight = program_.weight(op, 0).vector();
+    if (!linears.empty()) return projections(index, op.inputs[0], weight, linears);
+    push(index, [program = &program_, op, weight](const Context& c) {
+      cuda::rms_norm({.rows = c.step.batch.tokens,
+                      .columns = program->program().hidden_size,
+                      .x = program->rows(c.rank, op.inputs[0]),
+                      .add = {},
+                      .weight = weight,
+                      .epsilon = op.attributes.epsilon,
+                      .out = program->rows(c.rank, op.outputs[0])},
+                     c.rank.streams[0]);
+      return cuda_check(cudaPeekAtLastError(), "launching the norm");
+    });
+    return true;
+  }
+
+  Result<bool> projections(int32_t index, int32_t x, const float* weight, const std::vector<int32_t>& linears) {
+    if (linears.size() > cuda::kDecodeSegments) return false;
+    const float epsilon = operations_[index].attributes.epsilon;
+    push(index, [program = &program_, x, weight, epsilon, linears](const Context& c) {
+      cuda::DecodeLinear args;
+      args.rows = c.step.batch.tokens;
+      args.x = program->rows(c.rank, x);
+      args.norm_weight = weight;
+      args.norm_epsilon = epsilon;
+      for (int32_t i : linears) {
+        const Operation& op = program->program().operations[i];
+        args.segments[args.segment_count++] = {program->weight(op, 0).matrix, program->rows(c.rank, op.outputs[0]),
+                                               false};
+      }
+      return cuda::decode_linear(args, {c.rank.streams[0]});
+    });
+    return true;
+  }
+
+  // A projection whose result is added to the residual stream.
+  Result<bool> branch(int32_t index) {
+    const Operation& op = operations_[index];
+    const int32_t next = reader_of_kind(op.outputs[0], OpKind::kRmsNorm);
+    if (next == kNone || operations_[next].inputs.size() != 2 || operations_[next].inputs[1] != op.outputs[0])
+      return false;
+    const int32_t residual = operations_[next].inputs[0];
+    push(index, [program = &program_, op, residual](const Context& c) {
+      cuda::DecodeLinear args;
+      args.rows = c.step.batch.tokens;
+      args.x = program->rows(c.rank, op.inputs[0]);
+      args.segment_count = 1;
+      args.segments[0] = {program->weight(op, 0).matrix, program->rows(c.rank, residual), true};
+      return cuda::decode_linear(args, {c.rank.streams[0]});
+    });
+    return true;
+  }
+
+  Result<bool> mixer(int32_t index) {
+    const Operation& op = operations_[index];
+    const compile::Attributes& a = op.attributes;
+    if (a.key_dim != 128 || a.value_dim != 128 || a.value_heads / a.key_heads > 4) return false;
+    push(index, [program = &program_, op](const Context& c) {
+      const auto rows = [&](int32_t value) { return program->rows(c.rank, value); };
+      return cuda::decode_gdn(
+          {gdn_shape(op), c.step.batch, c.rank.caches->state(op.attributes.state_layer), rows(op.inputs[0]),
+           rows(op.inputs[1]), rows(op.inputs[2]), rows(op.inputs[3]), program->weight(op, 0).vector(),
+           program->weight(op, 1).vector(), program->weight(op, 2).vector(), program->weight(op, 3).vector(),
+           op.attributes.epsilon, rows(op.outputs[0]), nullptr},
+          {c.rank.streams[0]});
+    });
+    return true;
+  }
+
+  Result<bool> attention(int32_t index) {
+    const Operation& op = operations_[index];
+    const int32_t before = writer(op.inputs[0]);
+    if (before == kNone || operations_[before].kind != OpKind::kAttentionPrepare) return false;
+    const compile::Attributes& a = op.attributes;
+    if (a.head_dim != 256 || a.query_heads / a.kv_heads > 16) return false;
+    push(index,
+         [program = &program_, op, prepare = operations_[before], workspace = attention_workspace_](const Context& c) {
+           cuda::DecodeAttention args;
+           args.shape = attention_shape(op);
+           args.batch = c.step.batch;
+           args.pages = c.rank.caches->kv(op.attributes.kv_layer);
+           args.q_gate = program->rows(c.rank, prepare.inputs[0]);
+           args.key = program->rows(c.rank, prepare.inputs[1]);
+           args.value = program->rows(c.rank, prepare.inputs[2]);
+           args.query_norm = program->weight(prepare, 0).vector();
+           args.key_norm = program->weight(prepare, 1).vector();
+           args.epsilon = prepare.attributes.epsilon;
+           args.out = program->rows(c.rank, op.outputs[0]);
+           args.max_context = c.max_context;
+           args.workspace = workspace;
+           return cuda::decode_attention(args, {c.rank.streams[0]});
+         });
+    return true;
+  }
+
+  // The shared expert's gate is a float32 vector in the Program; the fused projection takes it as a row of bfloat16.
+  Result<kernels::Matrix> gate_row(const Operation& combine) {
+    const int64_t hidden = program_.program().hidden_size;
+    std::vector<float> wide(static_cast<size_t>(hidden));
+    std::vector<BFloat16> narrow(wide.size());
+    TS_RETURN_IF_ERROR(cuda_check(
+        cudaMemcpy(wide.data(), program_.weight(combine, 0).vector(), wide.size() * 4, cudaMemcpyDeviceToHost),
+        "reading a gate"));
+    std::transform(wide.begin(), wide.end(), narrow.begin(), to_bfloat16);
+    std::byte* at = std::exchange(next_gate_, next_gate_ + hidden * 2);
+    TS_RETURN_IF_ERROR(
+        cuda_check(cudaMemcpy(at, narrow.data(), narrow.size() * 2, cudaMemcpyHostToDevice), "writing a gate"));
+    return kernels::Matrix{at, DType::kBFloat16, kernels::MatrixLayout::kRowMajor, 1, hidden, nullptr};
+  }
+
+  Result<bool> experts(int32_t index, int32_t combine_index) {
+    const Operation& norm_op = operations_[index];
+    const Operation& combine = operations_[combine_index];
+    const int32_t experts_index = writer(combine.inputs[2]);
+    const int32_t down_index = writer(combine.inputs[1]);
+    if (experts_index == kNone || operations_[experts_index].kind != OpKind::kExperts || down_index == kNone)
+      return false;
+    const int32_t swiglu_index = writer(operations_[down_index].inputs[0]);
+    if (swiglu_index == kNone || operations_[swiglu_index].kind != OpKind::kSwiGlu) return false;
+    const int32_t up_index = writer(operations_[swiglu_index].inputs[0]);
+    const int32_t router_index = writer(operations_[experts_index].inputs[1]);
+    if (up_index == kNone || router_index == kNone) return false;
+    const int32_t logits_index = writer(operations_[router_index].inputs[0]);
+    const int32_t next = reader_of_kind(combine.outputs[0], OpKind::kRmsNorm);
+    if (logits_index == kNone || operations_[logits_index].kind != OpKind::kLinear || next == kNone) return false;
+    const Operation& experts_op = operations_[experts_index];
+    const compile::Attributes& a = experts_op.attributes;
+    if (a.width % 64 != 0 || shared_width(experts_op) % 64 != 0) return false;
+    for (int32_t i : {combine_index, experts_index, down_index, swiglu_index, up_index, router_index, logits_index})
+      done_[i] = true;
+    TS_ASSIGN_OR_RETURN(const kernels::Matrix gate, gate_row(combine));
+
+    const kernels::Matrix router = program_.weight(operations_[logits_index], 0).matrix;
+    push(index,
+         [program = &program_, norm_op, router, gate, logits = router_logits_, gates = gate_logits_](const Context& c) {
+           cuda::DecodeLinear args;
+           args.rows = c.step.batch.tokens;
+           args.x = program->rows(c.rank, norm_op.inputs[0]);
+           args.norm_weight = program->weight(norm_op, 0).vector();
+           args.norm_epsilon = norm_op.attributes.epsilon;
+           args.normed = program->rows(c.rank, norm_op.outputs[0]);
+           args.segment_count = 2;
+           args.segments[0] = {router, {logits, DType::kFloat32, router.n}, false};
+           args.segments[1] = {gate, {gates, DType::kFloat32, 1}, false};
+           return cuda::decode_linear(args, {c.rank.streams[0]});
+         });
+    const cuda::DecodeExperts routed = {a.experts,
+                                        a.top_k,
+                                        a.normalize_top_k,
+                                        router_logits_,
+                                        router.n,
+                                        program_.weight(experts_op, 0).matrix,
+                                        program_.weight(experts_op, 1).matrix};
+    const int64_t shared = shared_width(experts_op);
+    const int64_t hidden = program_.program().hidden_size;
+    const kernels::Matrix shared_up = program_.weight(operations_[up_index], 0).matrix;
+    const kernels::Matrix shared_down = program_.weight(operations_[down_index], 0).matrix;
+    push(experts_index,
+         [program = &program_, norm_op, routed, shared_up, shared, hidden, width = a.width, h = h_](const Context& c) {
+           cuda::DecodeGateUp args;
+           args.rows = c.step.batch.tokens;
+           args.hidden = hidden;
+           args.width = width;
+           args.x = program->rows(c.rank, norm_op.outputs[0]);
+           args.routed = routed;
+           args.shared_gate_up = shared_up;
+           args.shared_width = shared;
+           args.h = h;
+           return cuda::decode_gate_up(args, {c.rank.streams[0]});
+         });
+    const int32_t residual = operations_[next].inputs[0];
+    push(combine_index, [program = &program_, residual, routed, shared_down, shared, hidden, width = a.width, h = h_,
+                         gates = gate_logits_](const Context& c) {
+      cuda::DecodeDown args;
+      args.rows = c.step.batch.tokens;
+      args.hidden = hidden;
+      args.width = width;
+      args.routed = routed;
+      args.shared_down = shared_down;
+      args.shared_width = shared;
+      args.shared_gate_logit = gates;
+      args.h = h;
+      args.y = program->rows(c.rank, residual);
+      return cuda::decode_down(args, {c.rank.streams[0]});
+    });
+    return true;
+  }
+
+  const CudaProgram& program_;
+  const std::vector<Operation>& operations_;
+  const int64_t max_context_;
+  std::vector<bool> done_;
+  DecodePlan plan_;
+  float* router_logits_ = nullptr;
+  float* gate_logits_ = nullptr;
+  std::byte* h_ = nullptr;
+  std::byte* attention_workspace_ = nullptr;
+  std::byte* next_gate_ = nullptr;
+};
+
+Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context) {
+  return DecodePlanBuilder(program, max_context).build();
+}
+
+Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context) const {
+  const Context context = {rank, step, max_context};
+  for (const Call& call : calls_) {
+    Status status = call.run(context);
+    if (status.ok()) continue;
+    return std::move(status).with_context("operation '" + program_->program().operations[call.operation].name + "'");
+  }
+  return {};
+}
+
+Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step) const {
+  const compile::Program& program = program_->program();
+  for (int32_t i = program.head_begin; i < static_cast<int32_t>(program.operations.size()); ++i) {
+    const Operation& op = program.operations[i];
+    if (op.kind != OpKind::kLinear) {
+      TS_RETURN_IF_ERROR(call_operation(*program_, rank, step, i));
+      continue;
+    }
+    cuda::DecodeLinear args;
+    args.rows = step.wanted_count;
+    args.x = program_->rows(rank, op.inputs[0]);
+    args.segment_count = 1;
+    args.segments[0] = {program_->weight(op, 0).matrix, program_->rows(rank, op.outputs[0]), false};
+    TS_RETURN_IF_ERROR(cuda::decode_linear(args, {rank.streams[0]}));
+  }
+  return {};
+}
+
+}  // namespace tokenspeed::runtime
