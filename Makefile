@@ -46,6 +46,7 @@ test-long:
 test-client: build development-dependencies
 	python3 -m venv build/venv && build/venv/bin/pip install --quiet openai
 	build/venv/bin/python tests/server/openai_client_test.py --binary build/tokenspeed
+	python3 tests/server/golden_completions_test.py --binary build/tokenspeed
 
 # The fast set under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitizers: dependencies
@@ -64,4 +65,4 @@ test-all: test test-long test-client sanitizers fuzz
 check-format:
 	clang-format-14 --dry-run --Werror $(SOURCES)
 check-tidy:
-	printf '%s\n' $(filter src/%.cpp,$(SOURCES)) | xargs -P $(JOBS) -n 4 clang-tidy-14 --quiet -p build/release
+	printf '%s\n' $(filter-out src/runtime/cuda/%,$(filter src/%.cpp,$(SOURCES))) | xargs -P $(JOBS) -n 4 clang-tidy-14 --quiet -p build/release
