@@ -146,7 +146,7 @@ class Builder {
 
   // Weights: one entry per name ---------------------------------------------------------------------------------------
 
-  WeightId weight(Weight weight) {
+  WeightId weight(const Weight& weight) {
     if (auto known = weights_.find(weight.name); known != weights_.end()) return known->second;
     const WeightId id = graph_.add_weight(weight);
     weights_[weight.name] = id;
