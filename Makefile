@@ -48,9 +48,9 @@ test-client: build development-dependencies
 	build/venv/bin/python tests/server/openai_client_test.py --binary build/tokenspeed
 	python3 tests/server/golden_completions_test.py --binary build/tokenspeed
 
-# The fast set under AddressSanitizer with UndefinedBehaviorSanitizer, then that of the rooms with threads under
+# The fast set under AddressSanitizer with UndefinedBehaviorSanitizer, then the thread pool and the engine under
 # ThreadSanitizer.
-THREADED_ROOMS = base engine runtime server
+THREADED_ROOMS = base engine
 sanitizers: dependencies
 	cmake --preset asan-ubsan
 	cmake --build --preset asan-ubsan -j $(JOBS)
