@@ -40,13 +40,13 @@ double seconds(const Call& call) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string path = argc > 1 ? argv[1] : kSource + "/models/demo/tokenizer.json";
+  const std::string directory = argc > 1 ? argv[1] : kSource + "/models/demo";
   const std::string text = argc > 2 ? read_file(argv[2]).value() : repository_text();
   double load = 1e9, first = 1e9, again = 1e9, decode = 1e9, stream = 1e9;
   size_t tokens = 0;
   for (int round = 0; round < kRounds; ++round) {
     auto tokenizer = text::Tokenizer::parse("{}");
-    load = std::min(load, seconds([&] { tokenizer = text::Tokenizer::load(path); }));
+    load = std::min(load, seconds([&] { tokenizer = text::Tokenizer::load(directory); }));
     if (!tokenizer.ok()) {
       std::fprintf(stderr, "%s\n", tokenizer.status().to_string().c_str());
       return 1;
@@ -62,7 +62,7 @@ int main(int argc, char** argv) {
     tokens = ids.size();
   }
   const double megabytes = static_cast<double>(text.size()) / 1e6;
-  std::printf("%s: loaded in %.3f s; %.2f MB of text, %zu tokens\n", path.c_str(), load, megabytes, tokens);
+  std::printf("%s: loaded in %.3f s; %.2f MB of text, %zu tokens\n", directory.c_str(), load, megabytes, tokens);
   std::printf("encode, first: %.1f MB/s\nencode, again: %.1f MB/s\n", megabytes / first, megabytes / again);
   std::printf("decode: %.1f MB/s\nstreamed: %.0f ns per token\n", megabytes / decode,
               stream / static_cast<double>(tokens) * 1e9);

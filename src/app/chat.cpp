@@ -6,6 +6,7 @@
 #include "app/command_line.h"
 #include "app/commands.h"
 #include "app/conversation.h"
+#include "app/embedded_model.h"
 #include "app/local_tools.h"
 #include "app/serving.h"
 
@@ -58,9 +59,6 @@ bool handle_line(const std::string& line, Conversation* conversation) {
 }
 
 Status run(ChatFlags& flags) {
-  if (flags.model.model.empty()) {
-    TS_ASSIGN_OR_RETURN(flags.model.model, demo_model_directory());
-  }
   flags.server.options.port = 0;  // a private server on any free port
   TS_ASSIGN_OR_RETURN(const Serving serving, start_serving(flags.model, flags.server));
   ConversationOptions options = {.model = serving.model_name,
@@ -81,8 +79,9 @@ Status run(ChatFlags& flags) {
 
 void add_chat_command(CLI::App& program, int* exit_code) {
   const auto flags = std::make_shared<ChatFlags>();
+  flags->model.model = kEmbeddedModel;
   CLI::App* command = program.add_subcommand("chat", "Chat with a model on this terminal");
-  command->add_option("model", flags->model.model, "Directory of a checkpoint or a preset; the demo model when absent");
+  command->add_option("model", flags->model.model, "Directory of a checkpoint, demo, or the name of a preset");
   command->add_option("--system", flags->system_prompt, "System prompt");
   command->add_option("--temperature", flags->temperature, "Sampling temperature; -1: the model's default");
   command->add_option("--max-tokens", flags->max_tokens, "Greatest length of one answer")->check(CLI::PositiveNumber);

@@ -6,6 +6,7 @@
 #include "app/command_line.h"
 #include "app/commands.h"
 #include "app/conversation.h"
+#include "app/embedded_model.h"
 #include "app/serving.h"
 
 namespace tokenspeed::app {
@@ -55,7 +56,7 @@ void print_address(const Serving& serving, const std::string& address) {
 
 Status run(DemoFlags& flags) {
   if (!flags.interactive) block_termination_signals();  // while the user types, Ctrl-C simply ends the program
-  TS_ASSIGN_OR_RETURN(flags.model.model, demo_model_directory());
+  flags.model.model = kEmbeddedModel;
   flags.server.served_model_name = "tokenspeed-demo";
   TS_ASSIGN_OR_RETURN(const Serving serving, start_serving(flags.model, flags.server));
   const std::string address = fmt::format("http://{}:{}", flags.server.options.host, serving.server->port());
@@ -67,13 +68,14 @@ Status run(DemoFlags& flags) {
   TS_RETURN_IF_ERROR(play(&conversation));
   if (flags.interactive) TS_RETURN_IF_ERROR(ask_user(&conversation));
   print_address(serving, address);
+  Status status;
   if (!flags.exit) {
     fmt::print("Ctrl-C ends.\n");
     std::fflush(stdout);
-    wait_for_termination();
+    status = wait_for_termination(serving);
   }
   serving.server->stop();
-  return {};
+  return status;
 }
 
 }  // namespace

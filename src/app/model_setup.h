@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -13,23 +14,32 @@
 namespace tokenspeed::app {
 
 struct ModelFlags {
-  std::string model;                    // directory or preset
+  std::string model;                    // directory, demo or preset
   std::string load_format = "auto";     // auto, safetensors, dummy
-  std::string device = "auto";          // auto, cpu
-  std::string dtype = "auto";           // auto, bfloat16, float32
+  std::string device = "auto";          // auto, cpu, cuda
+  std::string dtype = "auto";           // auto, bfloat16, float32, fp8
   std::string kv_cache_dtype = "auto";  // auto (that of --dtype), bfloat16, float32
   int32_t max_model_length = 0;         // 0: the model's
   int32_t max_sequences = 64;
-  int32_t max_step_tokens = 512;
+  int32_t max_step_tokens = 0;  // 0: what suits the device
   int32_t page_size = 64;
   int64_t kv_cache_bytes = 0;  // 0: from free memory
   int32_t threads = 0;         // CPU only; 0: one per CPU
+  double gpu_memory_utilization = 0.92;
+  bool debug_sync = false;
+  bool persistent_decode = false;
+  int32_t tensor_parallel = 1;  // above 1: one rank is run alone, to measure it
+  int32_t rank = 0;
 };
 // Adds every flag but the model itself, which commands name in their own way.
 void add_model_flags(CLI::App* command, ModelFlags* flags);
 
 Result<model::LoadedModel> load_model(const ModelFlags& flags);
-// Errors: those of the runner; invalid_argument for flags that contradict the model.
-Result<std::unique_ptr<runtime::Runner>> make_runner(const model::LoadedModel& model, const ModelFlags& flags);
+// Tokens a sequence may have. invalid_argument when the flags ask for more than the model has positions.
+Result<int32_t> model_length(const compile::ModelConfig& config, const ModelFlags& flags);
+// on_fault is told once when the device has failed: every request will fail from then on, the process should end.
+// Errors: those of the device and the runner; invalid_argument for flags that contradict the model.
+Result<std::unique_ptr<runtime::Runner>> make_runner(const model::LoadedModel& model, const ModelFlags& flags,
+                                                     std::function<void(const Status&)> on_fault = {});
 
 }  // namespace tokenspeed::app

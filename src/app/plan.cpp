@@ -2,6 +2,7 @@
 
 #include "app/command_line.h"
 #include "app/commands.h"
+#include "app/embedded_model.h"
 #include "compile/cost.h"
 #include "compile/device.h"
 #include "compile/print.h"
@@ -32,7 +33,7 @@ DType planned_weights(const PlanFlags& flags, const compile::ModelConfig& config
 }
 
 Status run(const PlanFlags& flags) {
-  TS_ASSIGN_OR_RETURN(const compile::ModelConfig config, model::load_model_config(flags.model));
+  TS_ASSIGN_OR_RETURN(const compile::ModelConfig config, load_model_config(flags.model));
   TS_ASSIGN_OR_RETURN(const compile::DeviceSpec device, compile::find_device(flags.device));
   TS_ASSIGN_OR_RETURN(compile::ModelGraph graph,
                       model::build_graph(config, {.tensor_parallel = flags.tensor_parallel}));
@@ -60,7 +61,8 @@ std::string joined(auto&& names) {
 void add_plan_command(CLI::App& program, int* exit_code) {
   const auto flags = std::make_shared<PlanFlags>();
   CLI::App* command = program.add_subcommand("plan", "Print what a model becomes on a device: operations, bytes, time");
-  command->add_option("model", flags->model, "Directory, or preset: " + joined(model::preset_names()))->required();
+  command->add_option("model", flags->model, "Directory, demo, or preset: " + joined(model::preset_names()))
+      ->required();
   command->add_option("--device", flags->device, joined(compile::device_names()));
   command
       ->add_option("--dtype", flags->dtype,

@@ -9,6 +9,13 @@
 
 namespace tokenspeed::app {
 
+BenchBatch::BenchBatch(runtime::Runner* runner)
+    : runner_(runner),
+      run_([runner](std::span<const runtime::SequenceStep> steps, std::vector<runtime::SequenceResult>* results) {
+        Status status = runner->submit(steps);
+        return status.ok() ? runner->wait(results) : std::move(status);
+      }) {}
+
 Result<BenchBatch> BenchBatch::create(runtime::Runner* runner, int32_t sequences, int32_t prompt_length,
                                       int32_t new_tokens) {
   const runtime::Capacity& capacity = runner->capacity();
@@ -23,7 +30,7 @@ Result<BenchBatch> BenchBatch::create(runtime::Runner* runner, int32_t sequences
                             " tokens in all; lower --batch-size, --input-len or --output-len");
   }
   BenchBatch batch(runner);
-  batch.greedy_.temperature = 0;
+  batch.sampling_.temperature = 0;
   for (int32_t s = 0; s < sequences; ++s) {
     Sequence sequence;
     for (int32_t i = 0; i < prompt_length; ++i) {
@@ -57,7 +64,7 @@ runtime::SequenceStep BenchBatch::next_step(size_t index, int32_t tokens) const 
   step.state_out = static_cast<int32_t>(index);
   step.state_in = sequence.computed == 0 ? -1 : step.state_out;
   step.sample = sequence.computed + tokens >= prompt_size;
-  step.sampling = &greedy_;
+  step.sampling = &sampling_;
   step.prompt = prompt;
   step.output = sequence.output;
   return step;
@@ -65,8 +72,7 @@ runtime::SequenceStep BenchBatch::next_step(size_t index, int32_t tokens) const 
 
 Result<double> BenchBatch::step(const std::vector<runtime::SequenceStep>& steps) {
   const auto start = std::chrono::steady_clock::now();
-  TS_RETURN_IF_ERROR(runner_->submit(steps));
-  TS_RETURN_IF_ERROR(runner_->wait(&results_));
+  TS_RETURN_IF_ERROR(run_(steps, &results_));
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   for (size_t i = 0; i < steps.size(); ++i) {
     TS_RETURN_IF_ERROR(results_[i].status);

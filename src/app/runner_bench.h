@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -20,7 +23,12 @@ class BenchBatch {
   Result<double> prefill();
   // Seconds of one step that gives every sequence its next token.
   Result<double> decode();
+  void set_temperature(float temperature) { sampling_.temperature = temperature; }
   void restart();  // forget the tokens; the next call is prefill()
+  // What runs a step from now on; at first submit() and wait() of the runner.
+  using RunStep = std::function<Status(std::span<const runtime::SequenceStep> steps,
+                                       std::vector<runtime::SequenceResult>* results)>;
+  void run_steps_with(RunStep run) { run_ = std::move(run); }
 
  private:
   struct Sequence {
@@ -29,14 +37,15 @@ class BenchBatch {
     std::vector<int32_t> pages;
     int32_t computed = 0;
   };
-  explicit BenchBatch(runtime::Runner* runner) : runner_(runner) {}
+  explicit BenchBatch(runtime::Runner* runner);
   Result<double> step(const std::vector<runtime::SequenceStep>& steps);
   runtime::SequenceStep next_step(size_t index, int32_t tokens) const;
 
   runtime::Runner* runner_;
+  RunStep run_;
   std::vector<Sequence> sequences_;
   std::vector<runtime::SequenceResult> results_;
-  runtime::SamplingParameters greedy_;
+  runtime::SamplingParameters sampling_;
 };
 
 }  // namespace tokenspeed::app

@@ -1,9 +1,13 @@
 #include "app/serving.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
+#include <mutex>
+#include <thread>
 
 #include "base/log.h"
 
@@ -24,13 +28,13 @@ int64_t reachable_length(const runtime::Capacity& capacity) {
 Result<server::ServedModel> describe(const std::string& name, const model::LoadedModel& model,
                                      const runtime::Capacity& capacity) {
   server::ServedModel served;
-  if (model.directory.empty()) {  // a preset: no tokenizer, token-id prompts only
+  if (!model.directory) {  // a preset: no tokenizer, token-id prompts only
     served.name = name;
     served.max_model_length = reachable_length(capacity);
     served.vocabulary_size = capacity.vocabulary_size;
   } else {
-    TS_ASSIGN_OR_RETURN(
-        served, server::load_served_model(name, model.directory, reachable_length(capacity), capacity.vocabulary_size));
+    TS_ASSIGN_OR_RETURN(served, server::load_served_model(name, *model.directory, reachable_length(capacity),
+                                                          capacity.vocabulary_size));
   }
   if (served.stop_token_ids.empty()) served.stop_token_ids = model.config.eos_token_ids;
   return served;
@@ -45,13 +49,35 @@ void add_server_flags(CLI::App* command, ServerFlags* flags) {
   command->add_option("--served-model-name", flags->served_model_name, "Name of the model in the API");
 }
 
+namespace {
+
+constexpr auto kErrorDelivery = std::chrono::seconds(2);
+
+// The device's fault, if it has failed; told by the thread that runs steps.
+std::mutex fault_mutex;
+Status first_fault;
+Status device_fault() {
+  const std::lock_guard lock(fault_mutex);
+  return first_fault;
+}
+void end_on_fault(const Status& fault) {
+  spdlog::critical("{}", fault.message());
+  {
+    const std::lock_guard lock(fault_mutex);
+    first_fault = fault;
+  }
+  kill(getpid(), SIGTERM);  // ends the program, or wakes wait_for_termination()
+}
+
+}  // namespace
+
 Result<Serving> start_serving(const ModelFlags& model_flags, const ServerFlags& server_flags) {
   const auto start = std::chrono::steady_clock::now();
   Serving serving;
   serving.model_name =
       server_flags.served_model_name.empty() ? default_name(model_flags.model) : server_flags.served_model_name;
   TS_ASSIGN_OR_RETURN(const model::LoadedModel model, load_model(model_flags));
-  TS_ASSIGN_OR_RETURN(auto runner, make_runner(model, model_flags));
+  TS_ASSIGN_OR_RETURN(auto runner, make_runner(model, model_flags, end_on_fault));
   TS_ASSIGN_OR_RETURN(server::ServedModel served, describe(serving.model_name, model, runner->capacity()));
   const runtime::Capacity capacity = runner->capacity();
   spdlog::info("{}: {} requests at once, {} tokens of context, room for {} tokens in the KV cache", serving.model_name,
@@ -62,21 +88,6 @@ Result<Serving> start_serving(const ModelFlags& model_flags, const ServerFlags& 
   spdlog::info("ready after {:.1f} s at http://{}:{}", seconds.count(), server_flags.options.host,
                serving.server->port());
   return serving;
-}
-
-Result<std::string> demo_model_directory() {
-  std::error_code error;
-  const auto program = std::filesystem::canonical("/proc/self/exe", error);
-  // build/PRESET/tokenspeed, or a copy of build/ elsewhere.
-  const std::filesystem::path candidates[] = {TOKENSPEED_SOURCE_DIR, program.parent_path(),
-                                              program.parent_path().parent_path(),
-                                              program.parent_path().parent_path().parent_path()};
-  for (const auto& root : candidates) {
-    const auto directory = root / "models" / "demo";
-    if (std::filesystem::exists(directory / "config.json", error)) return directory.string();
-  }
-  return not_found("the demo model is not at " + (candidates[0] / "models" / "demo").string() +
-                   " nor beside the program; run it from a clone of the repository");
 }
 
 namespace {
@@ -94,10 +105,20 @@ void block_termination_signals() {
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
 }
 
-void wait_for_termination() {
+Status wait_for_termination(const Serving& serving) {
   const sigset_t set = termination_signals();
   int received = 0;
   sigwait(&set, &received);
+  const Status fault = device_fault();
+  if (fault.ok()) return {};
+  const auto deadline = std::chrono::steady_clock::now() + kErrorDelivery;
+  const auto busy = [&] {
+    const engine::Statistics statistics = serving.engine->statistics();
+    return statistics.running + statistics.waiting > 0;
+  };
+  while (busy() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(kErrorDelivery / 100);
+  std::this_thread::sleep_for(kErrorDelivery / 10);  // what has been written is on its way
+  return fault;
 }
 
 }  // namespace tokenspeed::app

@@ -26,13 +26,10 @@ struct Serving {
 // Ready to answer when it returns. Logs what was loaded, how long it took and where it listens.
 Result<Serving> start_serving(const ModelFlags& model, const ServerFlags& server);
 
-// The directory of the demo model: models/demo of the source tree the program was built from, or of the program's own
-// tree when it was moved. not_found says where it looked.
-Result<std::string> demo_model_directory();
-
 // Blocks SIGINT and SIGTERM in this thread and those it starts; call before start_serving.
 void block_termination_signals();
-// Waits for one of them.
-void wait_for_termination();
+// Waits for one of them, or for the fault of the device that ends all serving: then running requests have got their
+// errors when it returns that fault.
+Status wait_for_termination(const Serving& serving);
 
 }  // namespace tokenspeed::app

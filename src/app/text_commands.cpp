@@ -7,6 +7,7 @@
 
 #include "app/command_line.h"
 #include "app/commands.h"
+#include "app/embedded_model.h"
 #include "server/render.h"
 #include "text/chat_template.h"
 #include "text/tokenizer.h"
@@ -62,7 +63,7 @@ Status convert_lines(const Convert& convert) {
 }
 
 Status tokenize(const TokenizeFlags& flags) {
-  TS_ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::load(flags.directory + "/tokenizer.json"));
+  TS_ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::load(model_directory(flags.directory)));
   if (flags.lines) {
     return convert_lines([&](const std::string& line) { return convert_line(tokenizer, flags.decode, line); });
   }
@@ -82,7 +83,7 @@ Status tokenize(const TokenizeFlags& flags) {
 void add_tokenize_command(CLI::App& program, int* exit_code) {
   const auto flags = std::make_shared<TokenizeFlags>();
   CLI::App* command = program.add_subcommand("tokenize", "Text on stdin to a JSON array of token ids");
-  command->add_option("model", flags->directory, "Directory that holds tokenizer.json")->required();
+  command->add_option("model", flags->directory, "Directory that holds tokenizer.json, or demo")->required();
   command->add_flag("--jsonl", flags->lines, "A JSON string a line to an array a line");
   command->add_flag("--decode", flags->decode, "The reverse: ids to text");
   set_action(command, exit_code, [flags] { return tokenize(*flags); });
@@ -92,9 +93,9 @@ void add_render_command(CLI::App& program, int* exit_code) {
   const auto directory = std::make_shared<std::string>();
   CLI::App* command = program.add_subcommand(
       "render", "Chat requests on stdin, a JSON object a line, to prompts, a JSON string a line");
-  command->add_option("model", *directory, "Directory that holds the chat template")->required();
+  command->add_option("model", *directory, "Directory that holds the chat template, or demo")->required();
   set_action(command, exit_code, [directory]() -> Status {
-    TS_ASSIGN_OR_RETURN(const auto chat_template, text::load_chat_template(*directory));
+    TS_ASSIGN_OR_RETURN(const auto chat_template, text::load_chat_template(model_directory(*directory)));
     return convert_lines([&](const std::string& line) -> Result<std::string> {
       TS_ASSIGN_OR_RETURN(const std::string prompt, server::render_chat_request(chat_template, line));
       return Json(prompt).dump();

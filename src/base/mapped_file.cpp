@@ -34,32 +34,49 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
       return internal_error("cannot map '" + path + "' into memory: " + std::strerror(error));
     }
     file.data_ = static_cast<const std::byte*>(data);
+    file.owned_ = true;
   }
   ::close(descriptor);
   return file;
 }
 
+MappedFile MappedFile::view(std::span<const std::byte> bytes, std::string path) {
+  MappedFile file;
+  file.data_ = bytes.data();
+  file.size_ = bytes.size();
+  file.path_ = std::move(path);
+  return file;
+}
+
 MappedFile::~MappedFile() {
-  if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+  if (owned_) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), path_(std::move(other.path_)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      owned_(std::exchange(other.owned_, false)),
+      path_(std::move(other.path_)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(owned_, other.owned_);
   std::swap(path_, other.path_);
   return *this;
 }
 
-Result<std::string> read_file(const std::string& path, size_t limit) {
-  TS_ASSIGN_OR_RETURN(MappedFile file, MappedFile::open(path));
-  if (file.bytes().size() > limit) {
-    return invalid_argument("'" + path + "' has " + std::to_string(file.bytes().size()) + " bytes; at most " +
+Result<std::string> MappedFile::text(size_t limit) const {
+  if (size_ > limit) {
+    return invalid_argument("'" + path_ + "' has " + std::to_string(size_) + " bytes; at most " +
                             std::to_string(limit) + " are accepted here");
   }
-  return std::string(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  return std::string(reinterpret_cast<const char*>(data_), size_);
+}
+
+Result<std::string> read_file(const std::string& path, size_t limit) {
+  TS_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::open(path));
+  return file.text(limit);
 }
 
 }  // namespace tokenspeed

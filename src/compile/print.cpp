@@ -125,28 +125,11 @@ class Page {
       const Operation& y = program_.operations[b.begin + i];
       const OperationCost& cost_x = cost_.operations[a.begin + i];
       const OperationCost& cost_y = cost_.operations[b.begin + i];
-      if (x.kind != y.kind || x.stream != y.stream || short_name(x) != short_name(y)) return false;
+      if (x.kind != y.kind || x.stream != y.stream || operation_label(x) != operation_label(y)) return false;
       if (cost_x.bytes() != cost_y.bytes() || cost_x.weight_bytes != cost_y.weight_bytes) return false;
       if (cost_x.flops != cost_y.flops) return false;
     }
     return true;
-  }
-
-  // Without the layer's prefix and without the module where the merged parts say enough.
-  static std::string short_name(const Operation& operation) {
-    std::string name = operation.name;
-    const std::string layer = "layers." + std::to_string(operation.layer) + ".";
-    for (const std::string& prefix : {layer, std::string("mtp.layers.0."), std::string("linear_attn."),
-                                      std::string("self_attn."), std::string("mlp.")}) {
-      if (const size_t at = name.find(prefix); at != std::string::npos) name.erase(at, prefix.size());
-    }
-    if (operation.kind == OpKind::kAllReduce || operation.kind == OpKind::kAllGather ||
-        operation.kind == OpKind::kReduceScatter) {
-      name = std::string(op_kind_name(operation.kind)) + " " + name;
-    } else if (operation.kind == OpKind::kLinear) {
-      name = "linear " + name;
-    }
-    return name;
   }
 
   void section(const Group& group) {
@@ -165,7 +148,7 @@ class Page {
     }
     for (size_t i = group.first.begin; i < group.first.end; ++i) {
       const OperationCost& cost = cost_.operations[i];
-      std::string name = short_name(program_.operations[i]);
+      std::string name = operation_label(program_.operations[i]);
       if (name.size() > 54) name = name.substr(0, 51) + "...";
       text_ += format("  %-54s %6d %10s %10s %11s %10s %9.2f\n", name.c_str(), program_.operations[i].stream,
                       bytes_text(cost.weight_bytes).c_str(), bytes_text(cost.cache_bytes).c_str(),
@@ -224,6 +207,23 @@ class Page {
 };
 
 }  // namespace
+
+// Without the layer's prefix and without the module where the merged parts say enough.
+std::string operation_label(const Operation& operation) {
+  std::string name = operation.name;
+  const std::string layer = "layers." + std::to_string(operation.layer) + ".";
+  for (const std::string& prefix : {layer, std::string("mtp.layers.0."), std::string("linear_attn."),
+                                    std::string("self_attn."), std::string("mlp.")}) {
+    if (const size_t at = name.find(prefix); at != std::string::npos) name.erase(at, prefix.size());
+  }
+  if (operation.kind == OpKind::kAllReduce || operation.kind == OpKind::kAllGather ||
+      operation.kind == OpKind::kReduceScatter) {
+    name = std::string(op_kind_name(operation.kind)) + " " + name;
+  } else if (operation.kind == OpKind::kLinear) {
+    name = "linear " + name;
+  }
+  return name;
+}
 
 std::string print_plan(const Program& program, const DeviceSpec& device, const Cost& cost) {
   return Page(program, device, cost).print();

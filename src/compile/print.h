@@ -12,4 +12,7 @@ namespace tokenspeed::compile {
 // price of a million tokens. `cost` is that of `program` on `device`.
 std::string print_plan(const Program& program, const DeviceSpec& device, const Cost& cost);
 
+// The operation's name in tables, alike in layers of the same shape: "linear in_proj_qkv+in_proj_z", "experts".
+std::string operation_label(const Operation& operation);
+
 }  // namespace tokenspeed::compile

@@ -166,6 +166,7 @@ void Engine::Impl::assemble(const std::vector<ScheduledChunk>& chunks) {
     step.state_in = running.computed == 0 ? -1 : step.state_out;
     step.sample = chunk.completes_prompt && request.max_tokens > 0;
     step.sampling = &request.sampling;
+    if (step.sample && request.constraint) step.allowed_tokens = request.constraint->allowed();
     step.prompt = prompt;
     step.output = running.output;
     sequence_steps_.push_back(step);
@@ -212,6 +213,7 @@ void Engine::Impl::deliver(const ScheduledChunk& chunk, runtime::SequenceResult&
     if (result.token >= 0) {
       event.first = running.output.empty();
       running.output.push_back(result.token);
+      if (request.constraint) request.constraint->push(result.token);
       event.tokens.push_back(result.token);
       event.logprobs = std::move(result.logprobs);
       const auto& stops = request.stop_token_ids;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "engine/token_constraint.h"
 #include "runtime/runner.h"
 
 namespace tokenspeed::engine {
@@ -24,8 +25,9 @@ struct Request {
   std::vector<int32_t> prompt;  // at least one token
   int64_t max_tokens = 0;       // new tokens, >= 1 (0 allowed with prompt logprobs: echo only)
   runtime::SamplingParameters sampling;
-  std::vector<int32_t> stop_token_ids;  // end the request; the token is reported as the last one
-  bool ignore_eos = false;              // when set, stop_token_ids are not looked at
+  std::unique_ptr<TokenConstraint> constraint = nullptr;  // none: any token may follow
+  std::vector<int32_t> stop_token_ids;                    // end the request; the token is reported as the last one
+  bool ignore_eos = false;                                // when set, stop_token_ids are not looked at
 };
 
 struct Event {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "base/shape.h"
 #include "model/fp8_blocks.h"
 #include "model/tensor_names.h"
 
@@ -32,10 +33,10 @@ Status check_scale(const FileTensor& data, const FileTensor& scale) {
 
 }  // namespace
 
-Result<std::unique_ptr<Checkpoint>> Checkpoint::open(const std::string& directory, bool tied) {
+Result<std::unique_ptr<Checkpoint>> Checkpoint::open(const Directory& directory, bool tied) {
   TS_ASSIGN_OR_RETURN(CheckpointFiles opened, open_checkpoint_files(directory));
   auto checkpoint = std::make_unique<Checkpoint>();
-  checkpoint->directory_ = directory;
+  checkpoint->directory_ = directory.path();
   checkpoint->tied_ = tied;
   checkpoint->files_ = std::move(opened.files);
   int64_t vision = 0;
@@ -47,7 +48,8 @@ Result<std::unique_ptr<Checkpoint>> Checkpoint::open(const std::string& director
     }
   }
   TS_RETURN_IF_ERROR(checkpoint->attach_scales());
-  if (vision > 0) spdlog::info("'{}': {} vision tensors are skipped, the engine is text-only", directory, vision);
+  if (vision > 0)
+    spdlog::info("'{}': {} vision tensors are skipped, the engine is text-only", directory.path(), vision);
   return checkpoint;
 }
 

@@ -22,7 +22,7 @@ class Checkpoint : public compile::WeightSource {
   // With `tied`, "lm_head.weight" is the embedding where the files have none of their own. Logs how many vision tensors
   // are left alone. Errors: those of open_checkpoint_files; data_loss when two file names have one canonical name or an
   // FP8 matrix lacks its block scales.
-  static Result<std::unique_ptr<Checkpoint>> open(const std::string& directory, bool tied);
+  static Result<std::unique_ptr<Checkpoint>> open(const Directory& directory, bool tied);
 
   bool has(const std::string& name) const override;
   Result<compile::WeightView> view(const std::string& name) const override;

@@ -3,12 +3,9 @@
 #include <simdjson.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <map>
 #include <set>
 #include <utility>
-
-#include "base/mapped_file.h"
 
 namespace tokenspeed::model {
 namespace {
@@ -23,8 +20,9 @@ bool is_bare_file_name(std::string_view name) {
   return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\\\0", 3)) == name.npos;
 }
 
-Result<WeightMap> read_index(const std::string& path) {
-  TS_ASSIGN_OR_RETURN(const std::string text, read_file(path));
+Result<WeightMap> read_index(const Directory& directory) {
+  const std::string path = directory.path_of(kIndexFile);
+  TS_ASSIGN_OR_RETURN(const std::string text, directory.read(kIndexFile));
   simdjson::dom::parser parser;
   simdjson::dom::element root;
   simdjson::dom::object map;
@@ -48,37 +46,43 @@ Result<WeightMap> read_index(const std::string& path) {
   return shards;
 }
 
-Status check_all_present(const std::string& directory, const std::set<std::string>& shards) {
+Status check_all_present(const Directory& directory, const std::set<std::string>& shards) {
   constexpr int64_t kNamedAtMost = 8;
   std::string missing;
   int64_t count = 0;
   for (const std::string& shard : shards) {
-    std::error_code error;
-    if (std::filesystem::exists(directory + "/" + shard, error)) continue;
+    if (directory.has(shard)) continue;
     if (++count <= kNamedAtMost) missing += (missing.empty() ? "'" : ", '") + shard + "'";
   }
   if (count == 0) return {};
   if (count > kNamedAtMost) missing += ", ...";
   return not_found(std::to_string(count) + " of the " + std::to_string(shards.size()) + " shards named by '" +
-                   directory + "/" + kIndexFile + "' are missing: " + missing + "; download them again");
+                   directory.path_of(kIndexFile) + "' are missing: " + missing + "; download them again");
 }
 
-Result<CheckpointFiles> open_shards(const std::string& directory, const WeightMap& map) {
+// Opens one more file of the checkpoint, which stays its owner.
+Result<const SafetensorsFile*> add_file(const Directory& directory, const std::string& name,
+                                        CheckpointFiles& checkpoint) {
+  TS_ASSIGN_OR_RETURN(MappedFile mapped, directory.open(name));
+  TS_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::parse(std::move(mapped)));
+  checkpoint.files.push_back(std::make_unique<SafetensorsFile>(std::move(file)));
+  return checkpoint.files.back().get();
+}
+
+Result<CheckpointFiles> open_shards(const Directory& directory, const WeightMap& map) {
   std::set<std::string> names;
   for (const auto& [tensor, shard] : map) names.insert(shard);
   TS_RETURN_IF_ERROR(check_all_present(directory, names));
   CheckpointFiles checkpoint;
   std::map<std::string, const SafetensorsFile*> by_name;
   for (const std::string& name : names) {
-    TS_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::open(directory + "/" + name));
-    checkpoint.files.push_back(std::make_unique<SafetensorsFile>(std::move(file)));
-    by_name[name] = checkpoint.files.back().get();
+    TS_ASSIGN_OR_RETURN(by_name[name], add_file(directory, name, checkpoint));
   }
   for (const auto& [name, shard] : map) {
     const SafetensorsFile* file = by_name[shard];
     const SafetensorsTensor* tensor = file->find(name);
     if (!tensor) {
-      return data_loss("'" + directory + "/" + kIndexFile + "' places tensor '" + name + "' in '" + shard +
+      return data_loss("'" + directory.path_of(kIndexFile) + "' places tensor '" + name + "' in '" + shard +
                        "', which does not hold it; index and shards do not belong together");
     }
     checkpoint.tensors.push_back({name, file, tensor});
@@ -98,29 +102,24 @@ void read_ahead(const CheckpointFiles& checkpoint) {
   }
 }
 
-Result<CheckpointFiles> open_files(const std::string& directory) {
-  std::error_code error;
-  const std::string single = directory + "/" + kSingleFile;
-  const std::string index = directory + "/" + kIndexFile;
-  if (std::filesystem::exists(single, error)) {
-    TS_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::open(single));
+Result<CheckpointFiles> open_files(const Directory& directory) {
+  if (directory.has(kSingleFile)) {
     CheckpointFiles checkpoint;
-    checkpoint.files.push_back(std::make_unique<SafetensorsFile>(std::move(file)));
-    const SafetensorsFile* opened = checkpoint.files.back().get();
+    TS_ASSIGN_OR_RETURN(const SafetensorsFile* opened, add_file(directory, kSingleFile, checkpoint));
     for (const auto& [name, tensor] : opened->tensors()) checkpoint.tensors.push_back({name, opened, &tensor});
     return checkpoint;
   }
-  if (!std::filesystem::exists(index, error)) {
-    return not_found("'" + directory + "' holds no weights: neither " + kSingleFile + " nor " + kIndexFile +
+  if (!directory.has(kIndexFile)) {
+    return not_found("'" + directory.path() + "' holds no weights: neither " + kSingleFile + " nor " + kIndexFile +
                      " is there; --load-format dummy gives it random weights");
   }
-  TS_ASSIGN_OR_RETURN(const WeightMap map, read_index(index));
+  TS_ASSIGN_OR_RETURN(const WeightMap map, read_index(directory));
   return open_shards(directory, map);
 }
 
 }  // namespace
 
-Result<CheckpointFiles> open_checkpoint_files(const std::string& directory) {
+Result<CheckpointFiles> open_checkpoint_files(const Directory& directory) {
   TS_ASSIGN_OR_RETURN(CheckpointFiles checkpoint, open_files(directory));
   read_ahead(checkpoint);
   return checkpoint;

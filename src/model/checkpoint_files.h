@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/directory.h"
 #include "base/status.h"
 #include "model/safetensors.h"
 
@@ -25,6 +26,6 @@ struct CheckpointFiles {
 // read them ahead. Errors: not_found when there is neither or shards are missing (all are named); data_loss when the
 // index is broken, leads out of the directory or names tensors that its shards do not hold; those of
 // SafetensorsFile::open.
-Result<CheckpointFiles> open_checkpoint_files(const std::string& directory);
+Result<CheckpointFiles> open_checkpoint_files(const Directory& directory);
 
 }  // namespace tokenspeed::model

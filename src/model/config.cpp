@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <filesystem>
 
 #include "base/mapped_file.h"
 #include "model/config_fields.h"
@@ -183,9 +182,8 @@ void read_quantization(ConfigFields& fields, const std::string& where, ModelConf
 }
 
 // generation_config.json's tokens come first: they are what the model was tuned to end a turn with.
-Status add_generation_config(const std::string& directory, ModelConfig& config) {
-  const std::string path = directory + "/generation_config.json";
-  const Result<std::string> text = read_file(path, kConfigFileLimit);
+Status add_generation_config(const Directory& directory, ModelConfig& config) {
+  const Result<std::string> text = directory.read("generation_config.json", kConfigFileLimit);
   if (!text.ok()) return text.status().code() == StatusCode::kNotFound ? Status() : text.status();
   const std::string where = "generation_config.json of '" + config.name + "'";
   TS_ASSIGN_OR_RETURN(const json object, parse_json_object(*text, where));
@@ -197,12 +195,6 @@ Status add_generation_config(const std::string& directory, ModelConfig& config) 
   }
   config.eos_token_ids = std::move(ids);
   return {};
-}
-
-std::string name_of(const std::string& directory) {
-  std::error_code error;
-  const std::filesystem::path path = std::filesystem::weakly_canonical(directory, error);
-  return error || path.filename().empty() ? directory : path.filename().string();
 }
 
 }  // namespace
@@ -235,9 +227,9 @@ Result<ModelConfig> parse_config(std::string_view text_of_file, const std::strin
   return config;
 }
 
-Result<ModelConfig> load_config(const std::string& directory) {
-  TS_ASSIGN_OR_RETURN(const std::string text, read_file(directory + "/config.json", kConfigFileLimit));
-  TS_ASSIGN_OR_RETURN(ModelConfig config, parse_config(text, name_of(directory)));
+Result<ModelConfig> load_config(const Directory& directory) {
+  TS_ASSIGN_OR_RETURN(const std::string text, directory.read("config.json", kConfigFileLimit));
+  TS_ASSIGN_OR_RETURN(ModelConfig config, parse_config(text, directory.name()));
   TS_RETURN_IF_ERROR(add_generation_config(directory, config));
   return config;
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/directory.h"
 #include "base/status.h"
 #include "compile/model_config.h"
 
@@ -16,6 +17,6 @@ Result<compile::ModelConfig> parse_config(std::string_view json, const std::stri
 
 // Reads directory/config.json, and the end-of-sequence tokens of directory/generation_config.json where there is one.
 // The model is named after the directory.
-Result<compile::ModelConfig> load_config(const std::string& directory);
+Result<compile::ModelConfig> load_config(const Directory& directory);
 
 }  // namespace tokenspeed::model

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/log.h"
+#include "base/shape.h"
 #include "model/architecture.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
@@ -53,8 +54,7 @@ void adjust_to_files(const Checkpoint& checkpoint, compile::ModelConfig& config)
   config.fp8_blocks = checkpoint.has_fp8();
 }
 
-Result<std::unique_ptr<compile::WeightSource>> open_weights(const std::string& directory,
-                                                            compile::ModelConfig& config) {
+Result<std::unique_ptr<compile::WeightSource>> open_weights(const Directory& directory, compile::ModelConfig& config) {
   TS_ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::open(directory, config.tie_word_embeddings));
   adjust_to_files(*checkpoint, config);
   TS_RETURN_IF_ERROR(check_tensors(config, *checkpoint));
@@ -70,19 +70,27 @@ Result<compile::ModelConfig> load_model_config(const std::string& name_or_direct
   return std::move(Status(preset.status())).with_context("'" + name_or_directory + "' is no directory");
 }
 
-Result<LoadedModel> load_model(const std::string& name_or_directory, LoadFormat format) {
+Result<LoadedModel> load_model(const Directory& directory, LoadFormat format) {
   LoadedModel model;
-  TS_ASSIGN_OR_RETURN(model.config, load_model_config(name_or_directory));
-  if (is_directory(name_or_directory)) model.directory = name_or_directory;
+  TS_ASSIGN_OR_RETURN(model.config, load_config(directory));
+  model.directory = directory;
   if (format == LoadFormat::kDummy) {
     TS_ASSIGN_OR_RETURN(model.weights, DummyWeights::create(model.config));
-    return model;
+  } else {
+    TS_ASSIGN_OR_RETURN(model.weights, open_weights(directory, model.config));
   }
-  if (model.directory.empty()) {
+  return model;
+}
+
+Result<LoadedModel> load_model(const std::string& name_or_directory, LoadFormat format) {
+  if (is_directory(name_or_directory)) return load_model(Directory(name_or_directory), format);
+  LoadedModel model;
+  TS_ASSIGN_OR_RETURN(model.config, load_model_config(name_or_directory));
+  if (format != LoadFormat::kDummy) {
     return failed_precondition("preset '" + model.config.name + "' comes without weights; give a model directory, or " +
                                kDummyRemedy);
   }
-  TS_ASSIGN_OR_RETURN(model.weights, open_weights(model.directory, model.config));
+  TS_ASSIGN_OR_RETURN(model.weights, DummyWeights::create(model.config));
   return model;
 }
 

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "base/directory.h"
 #include "base/status.h"
 #include "compile/model_config.h"
 #include "compile/weight_source.h"
@@ -20,7 +22,7 @@ enum class LoadFormat : uint8_t {
 struct LoadedModel {
   compile::ModelConfig config;
   std::unique_ptr<compile::WeightSource> weights;
-  std::string directory;  // empty for a preset
+  std::optional<Directory> directory;  // none for a preset
 };
 
 // The configuration alone; a directory goes before a preset of the same name. Errors: those of load_config; not_found
@@ -32,5 +34,7 @@ Result<compile::ModelConfig> load_model_config(const std::string& name_or_direct
 // Errors: those of load_model_config and Checkpoint::open; failed_precondition for a preset unless random weights are
 // asked for; data_loss when config.json and the weights do not belong together.
 Result<LoadedModel> load_model(const std::string& name_or_directory, LoadFormat format);
+// The same from a directory that is known to be one, or is embedded in the program.
+Result<LoadedModel> load_model(const Directory& directory, LoadFormat format);
 
 }  // namespace tokenspeed::model

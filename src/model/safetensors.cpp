@@ -224,10 +224,14 @@ Result<SafetensorsTensors> parse_safetensors(std::span<const std::byte> file, co
   return HeaderParser(file, path).parse();
 }
 
+Result<SafetensorsFile> SafetensorsFile::parse(MappedFile file) {
+  TS_ASSIGN_OR_RETURN(SafetensorsTensors tensors, parse_safetensors(file.bytes(), file.path()));
+  return SafetensorsFile(std::move(file), std::move(tensors));
+}
+
 Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
   TS_ASSIGN_OR_RETURN(MappedFile file, MappedFile::open(path));
-  TS_ASSIGN_OR_RETURN(SafetensorsTensors tensors, parse_safetensors(file.bytes(), path));
-  return SafetensorsFile(std::move(file), std::move(tensors));
+  return parse(std::move(file));
 }
 
 void SafetensorsFile::read_ahead(ReadAhead how) const {

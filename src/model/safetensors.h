@@ -33,7 +33,8 @@ Result<SafetensorsTensors> parse_safetensors(std::span<const std::byte> file, co
 
 class SafetensorsFile {
  public:
-  // Errors: those of MappedFile::open and parse_safetensors.
+  // Errors: those of parse_safetensors, and of MappedFile::open.
+  static Result<SafetensorsFile> parse(MappedFile file);
   static Result<SafetensorsFile> open(const std::string& path);
 
   const std::string& path() const { return file_.path(); }

@@ -31,10 +31,4 @@ std::optional<ExpertTensor> parse_expert_tensor(std::string_view name) {
   return tensor;
 }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 }  // namespace tokenspeed::model

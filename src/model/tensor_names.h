@@ -1,11 +1,10 @@
-// Tensors in words: from the names they have in files to the canonical ones of compile::WeightSource, and their shapes.
+// From the names tensors have in files to the canonical ones of compile::WeightSource.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace tokenspeed::model {
 
@@ -24,8 +23,5 @@ struct ExpertTensor {
 };
 // Nothing when the name is not that of one expert's weight. The views point into `name`.
 std::optional<ExpertTensor> parse_expert_tensor(std::string_view name);
-
-// "[2, 3]", for messages.
-std::string shape_text(const std::vector<int64_t>& shape);
 
 }  // namespace tokenspeed::model

@@ -10,10 +10,13 @@
 #include "base/thread_pool.h"
 #include "compile/program.h"
 #include "kernels/types.h"
-#include "runtime/cpu_caches.h"
+#include "runtime/caches.h"
 #include "runtime/cpu_weights.h"
+#include "runtime/host_memory.h"
 
 namespace tokenspeed::runtime {
+
+using CpuCaches = Caches<HostMemory>;
 
 // What a step gives the operations besides the arena.
 struct CpuStep {
@@ -55,7 +58,7 @@ class CpuProgram {
 
  private:
   compile::Program program_;
-  std::vector<CpuWeight> weights_;  // by the Program's index
+  std::vector<LoadedWeight> weights_;  // by the Program's index
 };
 
 }  // namespace tokenspeed::runtime

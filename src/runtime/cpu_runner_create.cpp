@@ -110,6 +110,7 @@ Status CpuRunner::load(const compile::ModelGraph& graph, const compile::WeightSo
     programs.push_back(std::move(program));
   }
   std::vector<const compile::Program*> pointers;
+  pointers.reserve(programs.size());
   for (const compile::Program& program : programs) pointers.push_back(&program);
   const auto layout = options.reference_kernels ? kernels::MatrixLayout::kRowMajor : kernels::MatrixLayout::kPanel16;
   TS_ASSIGN_OR_RETURN(weights_, CpuWeights::load(pointers, source, layout, pool_.get()));

@@ -147,7 +147,7 @@ Result<CpuWeights> CpuWeights::load(std::span<const compile::Program* const> pro
     });
   }
   for (const Plan& plan : plans) {
-    CpuWeight& weight = loaded.weights_[plan.weight->name];
+    LoadedWeight& weight = loaded.weights_[plan.weight->name];
     weight.matrix = {
         loaded.memory_.data() + plan.offset, plan.dtype, plan.layout, plan.weight->rows, plan.weight->columns, nullptr};
     weight.matrix_stride = plan.matrix_bytes;

@@ -13,14 +13,9 @@
 #include "compile/weight_source.h"
 #include "kernels/types.h"
 #include "runtime/host_memory.h"
+#include "runtime/loaded_weight.h"
 
 namespace tokenspeed::runtime {
-
-struct CpuWeight {
-  kernels::Matrix matrix;     // the first of `count`
-  int64_t matrix_stride = 0;  // bytes from one to the next
-  const float* vector() const { return static_cast<const float*>(matrix.data); }
-};
 
 class CpuWeights {
  public:
@@ -28,12 +23,12 @@ class CpuWeights {
   // bfloat16 (exact); FP8 blocks are dequantised. The source may be closed afterwards.
   static Result<CpuWeights> load(std::span<const compile::Program* const> programs, const compile::WeightSource& source,
                                  kernels::MatrixLayout layout, ThreadPool* pool);
-  const CpuWeight& at(const std::string& name) const { return weights_.at(name); }
+  const LoadedWeight& at(const std::string& name) const { return weights_.at(name); }
   int64_t bytes() const { return memory_.size(); }
 
  private:
   HostMemory memory_;
-  std::map<std::string, CpuWeight> weights_;
+  std::map<std::string, LoadedWeight> weights_;
 };
 
 }  // namespace tokenspeed::runtime

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -28,10 +29,19 @@ TokenLogprobs logprobs_of(const float* logits, int64_t vocabulary, int32_t token
   return result;
 }
 
+// The logits of the allowed tokens; all others can't be sampled.
+const float* only_allowed(std::span<const int32_t> allowed, const float* logits, int64_t vocabulary) {
+  if (allowed.empty()) return logits;
+  thread_local std::vector<float> masked;
+  masked.assign(static_cast<size_t>(vocabulary), -std::numeric_limits<float>::infinity());
+  for (const int32_t token : allowed) masked[static_cast<size_t>(token)] = logits[token];
+  return masked.data();
+}
+
 int32_t sample(const SequenceStep& step, const float* logits, int64_t vocabulary) {
   const SamplingParameters& sampling = *step.sampling;
   kernels::SampleRow row;
-  row.logits = logits;
+  row.logits = only_allowed(step.allowed_tokens, logits, vocabulary);
   row.vocabulary = vocabulary;
   row.temperature = sampling.temperature;
   row.top_k = sampling.top_k;

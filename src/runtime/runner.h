@@ -42,6 +42,7 @@ struct SequenceStep {
   const SamplingParameters* sampling = nullptr;  // required when sample or prompt logprobs are wanted
   std::span<const int32_t> prompt;  // the request's prompt and its output so far, including `tokens`: for penalties
   std::span<const int32_t> output;
+  std::span<const int32_t> allowed_tokens;  // only these may be sampled; empty: any
   // Prompt logprobs: of each token at positions (context, context + tokens.size()], given in next_tokens[i] = the token
   // after tokens[i]; empty when not wanted. May be one shorter than tokens (the last one's successor is not known).
   std::span<const int32_t> next_tokens;

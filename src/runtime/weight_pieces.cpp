@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "base/shape.h"
+
 namespace tokenspeed::runtime {
 namespace {
 
@@ -11,12 +13,6 @@ std::string tensor_of(const std::string& pattern, int64_t expert) {
   const size_t star = pattern.find('*');
   if (star == std::string::npos) return pattern;
   return pattern.substr(0, star) + std::to_string(expert) + pattern.substr(star + 1);
-}
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
 }
 
 Status check_shape(const compile::WeightPiece& piece, const std::string& tensor, const compile::WeightView& view) {

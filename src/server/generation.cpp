@@ -7,6 +7,7 @@
 #include "server/choice.h"
 #include "server/json_errors.h"
 #include "server/json_text.h"
+#include "text/tool_call_constraint.h"
 
 namespace tokenspeed::server {
 namespace {
@@ -19,6 +20,17 @@ uint64_t random_seed() {
   std::random_device device;
   return (static_cast<uint64_t>(device()) << 32) | device();
 }
+
+// Of the engine's interface, for a chat answer with tools.
+class ArgumentConstraint final : public engine::TokenConstraint {
+ public:
+  explicit ArgumentConstraint(text::ToolCallConstraint constraint) : constraint_(std::move(constraint)) {}
+  void push(int32_t token) override { constraint_.push(token); }
+  std::span<const int32_t> allowed() override { return constraint_.allowed(); }
+
+ private:
+  text::ToolCallConstraint constraint_;
+};
 
 class Generation : public std::enable_shared_from_this<Generation> {
  public:
@@ -72,6 +84,10 @@ class Generation : public std::enable_shared_from_this<Generation> {
     request.sampling.seed += index * 0x9E3779B97F4A7C15ull;  // choice 0 is what n = 1 gives
     request.stop_token_ids = fields.stop_token_ids;
     request.ignore_eos = fields.ignore_eos;
+    if (request_.chat && request_.parser.parse_tool_calls) {
+      request.constraint = std::make_unique<ArgumentConstraint>(text::ToolCallConstraint(
+          *context_.model.tokenizer, *context_.model.sorted_vocabulary, request_.parser, request_.forced_prefix));
+    }
     auto handle = context_.engine.submit(
         std::move(request), [post = exchange_.poster(), weak = weak_from_this(), index](engine::Event&& event) {
           auto shared = std::make_shared<engine::Event>(std::move(event));

@@ -22,7 +22,7 @@ constexpr uint32_t kMaxHeaderBytes = 32 << 10;
 
 }  // namespace
 
-HttpConnection::HttpConnection(std::shared_ptr<asio::io_context> context, Tcp::socket socket, ConnectionLimits limits,
+HttpConnection::HttpConnection(std::shared_ptr<asio::io_context> context, Socket socket, ConnectionLimits limits,
                                Handler handler)
     : context_(std::move(context)),
       stream_(std::move(socket)),

@@ -7,8 +7,8 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/strand.hpp>
+#include <boost/beast/core/basic_stream.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
-#include <boost/beast/core/tcp_stream.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
@@ -33,8 +33,10 @@ class HttpConnection final : public Exchange, public std::enable_shared_from_thi
  public:
   using Handler = std::function<void(HttpRequest&&, Exchange&)>;
   using Tcp = boost::asio::ip::tcp;
+  using Strand = boost::asio::strand<boost::asio::io_context::executor_type>;
+  using Socket = Tcp::socket::rebind_executor<Strand>::other;
 
-  HttpConnection(std::shared_ptr<boost::asio::io_context> context, Tcp::socket socket, ConnectionLimits limits,
+  HttpConnection(std::shared_ptr<boost::asio::io_context> context, Socket socket, ConnectionLimits limits,
                  Handler handler);
   void start();
   void close();  // from any thread
@@ -60,7 +62,7 @@ class HttpConnection final : public Exchange, public std::enable_shared_from_thi
   void shut();
 
   std::shared_ptr<boost::asio::io_context> context_;
-  boost::beast::tcp_stream stream_;
+  boost::beast::basic_stream<Tcp, Strand> stream_;
   const ConnectionLimits limits_;
   const Handler handler_;
   boost::beast::flat_buffer buffer_;

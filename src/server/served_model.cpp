@@ -1,12 +1,12 @@
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
 
 #include "server/request_fields.h"
 
 namespace tokenspeed::server {
 namespace {
+
+constexpr const char* kTokenizerFile = "tokenizer.json";
+constexpr const char* kGenerationFile = "generation_config.json";
 
 // What a request may not ask for is no default either.
 Status read_defaults(const Json& json, ServedModel::SamplingDefaults* out) {
@@ -21,17 +21,17 @@ Status read_defaults(const Json& json, ServedModel::SamplingDefaults* out) {
   return {};
 }
 
-Status read_generation_config(const std::filesystem::path& path, ServedModel* model) {
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
+Status read_generation_config(const Directory& directory, ServedModel* model) {
+  const std::string path = directory.path_of(kGenerationFile);
+  TS_ASSIGN_OR_RETURN(const std::string text, directory.read(kGenerationFile));
   const Json json = Json::parse(text, nullptr, false);
-  if (!json.is_object()) return data_loss(path.string() + " is not a JSON object; repair or remove it.");
-  TS_RETURN_IF_ERROR(read_defaults(json, &model->defaults).with_context(path.string()));
+  if (!json.is_object()) return data_loss(path + " is not a JSON object; repair or remove it.");
+  TS_RETURN_IF_ERROR(read_defaults(json, &model->defaults).with_context(path));
   const auto stop = json.find("eos_token_id");
   if (stop == json.end()) return {};
   for (const Json& id : stop->is_array() ? *stop : Json::array({*stop})) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= model->vocabulary_size) {
-      return data_loss(path.string() + ": eos_token_id " + id.dump() + " is not a token id below " +
+      return data_loss(path + ": eos_token_id " + id.dump() + " is not a token id below " +
                        std::to_string(model->vocabulary_size) + ".");
     }
     model->stop_token_ids.push_back(id.get<int32_t>());
@@ -41,23 +41,22 @@ Status read_generation_config(const std::filesystem::path& path, ServedModel* mo
 
 }  // namespace
 
-Result<ServedModel> load_served_model(const std::string& name, const std::string& directory, int64_t max_model_length,
+Result<ServedModel> load_served_model(const std::string& name, const Directory& directory, int64_t max_model_length,
                                       int32_t vocabulary_size) {
   ServedModel model;
   model.name = name;
-  model.directory = directory;
+  model.directory = directory.path();
   model.max_model_length = max_model_length;
   model.vocabulary_size = vocabulary_size;
-  const std::filesystem::path root(directory);
-  std::error_code ignored;
-  if (std::filesystem::exists(root / "tokenizer.json", ignored)) {
-    TS_ASSIGN_OR_RETURN(auto tokenizer, text::Tokenizer::load((root / "tokenizer.json").string()));
+  if (directory.has(kTokenizerFile)) {
+    TS_ASSIGN_OR_RETURN(auto tokenizer, text::Tokenizer::load(directory));
     if (tokenizer.vocabulary_size() > vocabulary_size) {
-      return invalid_argument((root / "tokenizer.json").string() + " has ids up to " +
+      return invalid_argument(directory.path_of(kTokenizerFile) + " has ids up to " +
                               std::to_string(tokenizer.vocabulary_size() - 1) + ", but the model's embedding has " +
                               std::to_string(vocabulary_size) + " rows; use the tokenizer of this model.");
     }
     model.tokenizer.emplace(std::move(tokenizer));
+    model.sorted_vocabulary.emplace(*model.tokenizer);
   }
   auto chat_template = text::load_chat_template(directory);
   if (chat_template.ok()) {
@@ -65,8 +64,8 @@ Result<ServedModel> load_served_model(const std::string& name, const std::string
   } else if (chat_template.status().code() != StatusCode::kNotFound) {
     return chat_template.status();
   }
-  if (std::filesystem::exists(root / "generation_config.json", ignored)) {
-    TS_RETURN_IF_ERROR(read_generation_config(root / "generation_config.json", &model));
+  if (directory.has(kGenerationFile)) {
+    TS_RETURN_IF_ERROR(read_generation_config(directory, &model));
   }
   return model;
 }

@@ -18,6 +18,7 @@ namespace {
 
 namespace asio = boost::asio;
 using Tcp = asio::ip::tcp;
+using Socket = HttpConnection::Socket;
 constexpr auto kAcceptRetry = std::chrono::milliseconds(100);
 
 }  // namespace
@@ -84,7 +85,7 @@ class Server::Impl {
 
  private:
   void accept() {
-    acceptor_.async_accept(asio::make_strand(*io_), [this](boost::system::error_code error, Tcp::socket socket) {
+    acceptor_.async_accept(asio::make_strand(*io_), [this](boost::system::error_code error, Socket socket) {
       if (!acceptor_.is_open()) return;
       if (!error) add(std::move(socket));
       if (!error) return accept();
@@ -96,7 +97,7 @@ class Server::Impl {
     });
   }
 
-  void add(Tcp::socket socket) {
+  void add(Socket socket) {
     std::erase_if(connections_, [](const auto& weak) { return weak.expired(); });
     auto connection = std::make_shared<HttpConnection>(
         io_, std::move(socket), ConnectionLimits{.max_body_bytes = context_.options.max_body_bytes},

@@ -11,9 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "base/directory.h"
 #include "base/status.h"
 #include "engine/engine.h"
 #include "text/chat_template.h"
+#include "text/sorted_vocabulary.h"
 #include "text/tokenizer.h"
 
 namespace tokenspeed::server {
@@ -21,8 +23,9 @@ namespace tokenspeed::server {
 struct ServedModel {
   std::string name;
   std::string directory;
-  std::optional<text::Tokenizer> tokenizer;         // none: token-id prompts only
-  std::optional<text::ChatTemplate> chat_template;  // none: no chat
+  std::optional<text::Tokenizer> tokenizer;                 // none: token-id prompts only
+  std::optional<text::SortedVocabulary> sorted_vocabulary;  // the tokenizer's
+  std::optional<text::ChatTemplate> chat_template;          // none: no chat
   std::vector<int32_t> stop_token_ids;
   int64_t max_model_length = 0;  // prompt and output together, tokens
   int32_t vocabulary_size = 0;
@@ -38,7 +41,7 @@ struct ServedModel {
 
 // Reads tokenizer.json, the chat template and generation_config.json of `directory`, each where present.
 // Errors: data_loss or invalid_argument naming the file; a tokenizer with more ids than `vocabulary_size`.
-Result<ServedModel> load_served_model(const std::string& name, const std::string& directory, int64_t max_model_length,
+Result<ServedModel> load_served_model(const std::string& name, const Directory& directory, int64_t max_model_length,
                                       int32_t vocabulary_size);
 
 struct ServerOptions {

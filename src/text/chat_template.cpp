@@ -2,13 +2,15 @@
 
 #include <utility>
 
-#include "base/mapped_file.h"
 #include "text/jinja_interpreter.h"
 #include "text/jinja_json.h"
 #include "text/jinja_parser.h"
 
 namespace tokenspeed::text {
 namespace {
+
+constexpr const char* kTemplateFile = "chat_template.jinja";
+constexpr const char* kConfigFile = "tokenizer_config.json";
 
 Status template_status(const jinja::TemplateError& error) {
   const std::string line = "line " + std::to_string(error.line) + " of the chat template";
@@ -30,12 +32,12 @@ jinja::Value configured_template(const jinja::Value& config) {
   return {};
 }
 
-Result<std::string> template_source(const std::string& directory, std::string& path) {
-  path = directory + "/chat_template.jinja";
-  auto file = read_file(path);
+Result<std::string> template_source(const Directory& directory, std::string& path) {
+  path = directory.path_of(kTemplateFile);
+  auto file = directory.read(kTemplateFile);
   if (file.ok() || file.status().code() != StatusCode::kNotFound) return file;
-  path = directory + "/tokenizer_config.json";
-  TS_ASSIGN_OR_RETURN(const std::string config, read_file(path));
+  path = directory.path_of(kConfigFile);
+  TS_ASSIGN_OR_RETURN(const std::string config, directory.read(kConfigFile));
   try {
     const jinja::Value source = configured_template(jinja::read_json(config));
     if (source.text() != nullptr) return *source.text();
@@ -81,7 +83,7 @@ Result<std::string> ChatTemplate::render(std::string_view request_json) const {
   }
 }
 
-Result<ChatTemplate> load_chat_template(const std::string& model_directory) {
+Result<ChatTemplate> load_chat_template(const Directory& model_directory) {
   std::string path;
   TS_ASSIGN_OR_RETURN(const std::string source, template_source(model_directory, path));
   auto parsed = ChatTemplate::parse(source);

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/directory.h"
 #include "base/status.h"
 
 namespace tokenspeed::text {
@@ -36,6 +37,6 @@ class ChatTemplate {
 // The template of a model directory: chat_template.jinja, else "chat_template" of tokenizer_config.json (a string, or
 // a list of named ones, of which "default" is taken).
 // Errors: not_found when there is none; else those of reading and parsing, naming the file.
-Result<ChatTemplate> load_chat_template(const std::string& model_directory);
+Result<ChatTemplate> load_chat_template(const Directory& model_directory);
 
 }  // namespace tokenspeed::text

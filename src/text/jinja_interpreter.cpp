@@ -98,7 +98,7 @@ Interpreter::Flow Interpreter::execute(const Statement& statement) {
     case StatementKind::kSetBlock:
     case StatementKind::kFilterBlock: {
       Value value = Value::string(captured(statement.body));
-      if (statement.value != nullptr) value = filter(*statement.value, &value);
+      if (statement.value != nullptr) value = block_filters(*statement.value, value);
       if (statement.kind == StatementKind::kSetBlock) {
         assign(statement.target, std::move(value), true);
       } else {
@@ -249,7 +249,7 @@ Value Interpreter::evaluate(const Expression& node) {
     case ExpressionKind::kCall:
       return call(node);
     case ExpressionKind::kFilter:
-      return filter(node, nullptr);
+      return filter(node, operand(0));
     case ExpressionKind::kTest: {
       const Value input = operand(0);
       return Value::boolean(apply_test(node.name, input, arguments(node, 1), budget_));
@@ -363,20 +363,16 @@ Arguments Interpreter::arguments(const Expression& node, size_t first) {
   return result;
 }
 
-// A null `input` means that the filter has an operand of its own; else it (or the innermost filter of the chain) takes
-// the text of the block around it.
-Value Interpreter::filter(const Expression& node, const Value* input) {
-  Value value;
-  if (node.operands[0] == nullptr) {
-    value = *input;
-  } else if (input != nullptr && node.operands[0]->kind == ExpressionKind::kFilter) {
-    value = filter(*node.operands[0], input);
-  } else {
-    value = evaluate(*node.operands[0]);
-  }
+Value Interpreter::filter(const Expression& node, const Value& input) {
   const Arguments given = arguments(node, 1);
   line_ = node.line;
-  return apply_filter(node.name, value, given, budget_);
+  return apply_filter(node.name, input, given, budget_);
+}
+
+// A block's chain of filters, the innermost of which has no operand and takes the block's text.
+Value Interpreter::block_filters(const Expression& node, const Value& text) {
+  const Expression* const inner = node.operands[0].get();
+  return filter(node, inner == nullptr ? text : block_filters(*inner, text));
 }
 
 Value Interpreter::call(const Expression& node) {

@@ -47,7 +47,8 @@ class Interpreter {
   Value call_global(GlobalFunction function, const Arguments& arguments);
   Value call_macro(const Macro& macro, const Arguments& arguments);
   Value range(const Arguments& arguments);
-  Value filter(const Expression& node, const Value* input);
+  Value filter(const Expression& node, const Value& input);
+  Value block_filters(const Expression& node, const Value& text);
   Arguments arguments(const Expression& node, size_t first);
   Value variable(const std::string& name);
 

@@ -225,7 +225,7 @@ class Parser {
       return result;
     }
     result->kind = StatementKind::kSetBlock;
-    if (at_operator("|")) result->value = filters(nullptr);
+    if (at_operator("|")) result->value = block_filters(nullptr);
     expect_end_of_block();
     result->body = statements({"endset"});
     expect_end_of_block();
@@ -234,7 +234,7 @@ class Parser {
 
   std::unique_ptr<Statement> filter_statement(int line) {
     auto result = make_statement(StatementKind::kFilterBlock, line);
-    result->value = filters(filter(nullptr));
+    result->value = block_filters(filter(nullptr));
     expect_end_of_block();
     result->body = statements({"endfilter"});
     expect_end_of_block();
@@ -574,14 +574,20 @@ class Parser {
     return seal(std::move(result));
   }
 
+  // The chain of a block's filters, which no test and no call may interrupt.
+  ExpressionPointer block_filters(ExpressionPointer node) {
+    while (skip_operator("|")) node = filter(std::move(node));
+    return node;
+  }
+
   ExpressionPointer filters(ExpressionPointer node) {
     while (true) {
       if (skip_operator("|")) {
         node = filter(std::move(node));
-      } else if (node != nullptr && at_name("is")) {
+      } else if (at_name("is")) {
         take();
         node = test(std::move(node));
-      } else if (node != nullptr && at_operator("(")) {
+      } else if (at_operator("(")) {
         node = call(std::move(node));
       } else {
         return node;

@@ -11,7 +11,7 @@ namespace tokenspeed::text {
 using Kind = OutputDelta::Kind;
 
 struct OutputParser::State {
-  explicit State(std::vector<ToolSchema> tools, uint64_t id_seed) : after(tools, id_seed) {}
+  State(const std::vector<ToolSchema>& tools, uint64_t id_seed) : after(tools, id_seed) {}
 
   std::optional<ReasoningParser> reasoning;  // until the reasoning has ended
   ToolCallParser after;
@@ -21,7 +21,7 @@ struct OutputParser::State {
 OutputParser::OutputParser(OutputParserOptions options, uint64_t id_seed) {
   if (!options.parse_tool_calls) options.tools.clear();
   const bool calls = !options.tools.empty();
-  state_ = std::make_unique<State>(std::move(options.tools), id_seed);
+  state_ = std::make_unique<State>(options.tools, id_seed);
   if (options.parse_reasoning && options.starts_in_reasoning) state_->reasoning.emplace(calls);
 }
 
@@ -62,6 +62,8 @@ std::vector<OutputDelta> OutputParser::finish() {
 }
 
 int OutputParser::tool_calls() const { return state_->after.tool_calls(); }
+
+OpenValue OutputParser::open_value() const { return state_->after.open_value(); }
 
 namespace {
 

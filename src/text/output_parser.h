@@ -21,6 +21,8 @@
 #include <string_view>
 #include <vector>
 
+#include "text/value_schema.h"
+
 namespace tokenspeed::text {
 
 struct ToolSchema {
@@ -44,6 +46,12 @@ struct OutputDelta {
   std::string tool_id;    // kToolCallStart only: "call_" and 24 hex digits
 };
 
+// A call's parameter while its value is being written.
+struct OpenValue {
+  const ValueGrammar* grammar = nullptr;  // nullptr: no value is open, or its schema admits any text
+  std::string_view text;                  // from the end of `<parameter=NAME>` on; valid until the next push
+};
+
 // Not thread-safe; one per choice of a request.
 class OutputParser {
  public:
@@ -59,6 +67,7 @@ class OutputParser {
   std::vector<OutputDelta> finish();
   // Calls closed by the model so far.
   int tool_calls() const;
+  OpenValue open_value() const;
 
  private:
   struct State;

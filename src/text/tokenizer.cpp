@@ -12,6 +12,8 @@
 namespace tokenspeed::text {
 namespace {
 
+constexpr const char* kTokenizerFile = "tokenizer.json";
+
 // NFC may triple the bytes, and ICU counts them in 31 bits.
 constexpr size_t kMaxTextBytes = size_t{1} << 29;
 
@@ -50,10 +52,10 @@ Status Tokenizer::Data::add_tokens() {
   return {};
 }
 
-Result<Tokenizer> Tokenizer::load(const std::string& tokenizer_json_path) {
-  TS_ASSIGN_OR_RETURN(const std::string json, read_file(tokenizer_json_path));
+Result<Tokenizer> Tokenizer::load(const Directory& directory) {
+  TS_ASSIGN_OR_RETURN(const std::string json, directory.read(kTokenizerFile));
   Result<Tokenizer> tokenizer = parse(json);
-  if (!tokenizer.ok()) return Status(tokenizer.status()).with_context(tokenizer_json_path);
+  if (!tokenizer.ok()) return Status(tokenizer.status()).with_context(directory.path_of(kTokenizerFile));
   return tokenizer;
 }
 

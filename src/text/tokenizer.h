@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/directory.h"
 #include "base/status.h"
 
 namespace tokenspeed::text {
@@ -24,9 +25,9 @@ struct EncodeOptions {
 
 class Tokenizer {
  public:
-  // Reads tokenizer.json. Errors: read_file's; data_loss (malformed or contradictory), unimplemented (another kind of
-  // tokenizer); the message names the file and the place in it.
-  static Result<Tokenizer> load(const std::string& tokenizer_json_path);
+  // Reads the directory's tokenizer.json. Errors: Directory::read's; data_loss (malformed or contradictory),
+  // unimplemented (another kind of tokenizer); the message names the file and the place in it.
+  static Result<Tokenizer> load(const Directory& directory);
   static Result<Tokenizer> parse(std::string_view json);
   ~Tokenizer();
   Tokenizer(Tokenizer&&) noexcept;

@@ -62,6 +62,12 @@ void ToolCallParser::finish(std::vector<OutputDelta>* deltas) {
   }
 }
 
+OpenValue ToolCallParser::open_value() const {
+  if (place_ != Place::kValue) return {};
+  const ValueSchema* schema = schemas_.find(function_, parameter_);
+  return schema != nullptr && schema->grammar.restricts() ? OpenValue{&schema->grammar, rest()} : OpenValue{};
+}
+
 bool ToolCallParser::step() {
   if (position_ >= buffer_.size()) return false;
   switch (place_) {

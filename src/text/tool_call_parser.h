@@ -30,6 +30,7 @@ class ToolCallParser {
   void push(std::string_view text, std::vector<OutputDelta>* deltas);
   void finish(std::vector<OutputDelta>* deltas);
   int tool_calls() const { return complete_calls_; }
+  OpenValue open_value() const;
 
  private:
   enum class Place { kContent, kCall, kValue };

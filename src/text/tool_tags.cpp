@@ -23,6 +23,12 @@ TagMatch skip_gap(std::string_view text, size_t tag_size, std::string_view* rest
 
 bool is_space(char c) { return kSpaces.find(c) != std::string_view::npos; }
 
+std::string ascii_lower(std::string_view text) {
+  std::string result(text);
+  for (char& c : result) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  return result;
+}
+
 TagMatch match_tag(std::string_view text, std::string_view tag) {
   if (text.starts_with(tag)) return TagMatch::kYes;
   return tag.starts_with(text) ? TagMatch::kPartial : TagMatch::kNo;

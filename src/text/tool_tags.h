@@ -47,6 +47,7 @@ TagMatch match_parameter_close(std::string_view text);
 bool closes_value_at_end(std::string_view text);
 
 bool is_space(char c);
+std::string ascii_lower(std::string_view text);
 
 // Passes text on, but keeps back whitespace at its end until the text after it decides its fate.
 class SpaceHolder {

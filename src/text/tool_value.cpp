@@ -15,70 +15,10 @@ namespace {
 
 using Json = nlohmann::json;
 
-enum class ValueType { kString, kInteger, kNumber, kBoolean, kContainer, kNull };
-
-constexpr int kMaxSchemaDepth = 16;
-
-std::string lower(std::string_view text) {
-  std::string result(text);
-  for (char& c : result) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-  return result;
-}
-
 std::string_view trim(std::string_view text) {
   while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
   while (!text.empty() && is_space(text.back())) text.remove_suffix(1);
   return text;
-}
-
-// Clients write JSON Schema's names and those of many languages; an unknown name is a string.
-ValueType type_of_name(std::string_view name) {
-  const std::string type = lower(name);
-  const auto starts = [&](std::initializer_list<std::string_view> prefixes) {
-    return std::any_of(prefixes.begin(), prefixes.end(), [&](std::string_view p) { return type.starts_with(p); });
-  };
-  if (starts({"int", "uint", "long", "short", "unsigned"})) return ValueType::kInteger;
-  if (starts({"num", "float", "double"})) return ValueType::kNumber;
-  if (starts({"bool"})) return ValueType::kBoolean;
-  if (starts({"object", "array", "dict", "list"})) return ValueType::kContainer;
-  if (type == "null" || type == "none") return ValueType::kNull;
-  return ValueType::kString;
-}
-
-ValueType type_of_value(const Json& value) {
-  if (value.is_number_integer()) return ValueType::kInteger;
-  if (value.is_number()) return ValueType::kNumber;
-  if (value.is_boolean()) return ValueType::kBoolean;
-  if (value.is_structured()) return ValueType::kContainer;
-  return value.is_null() ? ValueType::kNull : ValueType::kString;
-}
-
-void collect_types(const Json& schema, int depth, std::vector<ValueType>* types) {
-  if (!schema.is_object() || depth > kMaxSchemaDepth) return;
-  const size_t before = types->size();
-  if (const auto type = schema.find("type"); type != schema.end()) {
-    if (type->is_string()) types->push_back(type_of_name(type->get_ref<const std::string&>()));
-    if (type->is_array()) {
-      for (const Json& name : *type) {
-        if (name.is_string()) types->push_back(type_of_name(name.get_ref<const std::string&>()));
-      }
-    }
-  } else if (const auto values = schema.find("enum"); values != schema.end() && values->is_array()) {
-    for (const Json& value : *values) types->push_back(type_of_value(value));
-  } else if (const auto value = schema.find("const"); value != schema.end()) {
-    types->push_back(type_of_value(*value));
-  } else {
-    for (const char* key : {"anyOf", "oneOf", "allOf"}) {
-      const auto parts = schema.find(key);
-      if (parts == schema.end() || !parts->is_array()) continue;
-      for (const Json& part : *parts) collect_types(part, depth + 1, types);
-    }
-    const bool shaped = schema.contains("properties") || schema.contains("items");
-    if (types->size() == before && shaped) types->push_back(ValueType::kContainer);
-  }
-  if (const auto nullable = schema.find("nullable"); nullable != schema.end() && *nullable == true) {
-    types->push_back(ValueType::kNull);
-  }
 }
 
 // Drops whitespace outside strings and writes Python's separators; `json` is valid. Digits and escapes stay as written.
@@ -154,7 +94,7 @@ std::optional<std::string> convert(ValueType type, std::string_view text) {
     case ValueType::kNumber:
       return number_json(text, false);
     case ValueType::kBoolean: {
-      const std::string word = lower(trim(text));
+      const std::string word = ascii_lower(trim(text));
       return word == "true" || word == "false" ? std::optional(word) : std::nullopt;
     }
     case ValueType::kContainer:
@@ -170,43 +110,33 @@ bool is_null_text(std::string_view text) {
   return text == "null" || text == "None";
 }
 
-using ParameterTypes = std::unordered_map<std::string, std::vector<ValueType>>;
-
-ParameterTypes read_schema(const std::string& parameters_json) {
-  ParameterTypes result;
-  const Json schema = Json::parse(parameters_json, nullptr, false);
-  if (!schema.is_object()) return result;
-  const auto properties = schema.find("properties");
-  if (properties == schema.end() || !properties->is_object()) return result;
-  for (const auto& [name, property] : properties->items()) {
-    std::vector<ValueType>& types = result[name];
-    collect_types(property, 0, &types);
-    if (types.empty()) types.push_back(ValueType::kString);
-  }
-  return result;
-}
-
 }  // namespace
 
 struct ToolSchemas::Tables {
-  std::unordered_map<std::string, ParameterTypes> tools;
+  std::unordered_map<std::string, ParameterSchemas> tools;
 };
 
 ToolSchemas::ToolSchemas(const std::vector<ToolSchema>& tools) : tables_(std::make_unique<Tables>()) {
-  for (const ToolSchema& tool : tools) tables_->tools.try_emplace(tool.name, read_schema(tool.parameters_json));
+  for (const ToolSchema& tool : tools)
+    tables_->tools.try_emplace(tool.name, read_parameter_schemas(tool.parameters_json));
 }
 
 ToolSchemas::ToolSchemas(ToolSchemas&&) noexcept = default;
 ToolSchemas& ToolSchemas::operator=(ToolSchemas&&) noexcept = default;
 ToolSchemas::~ToolSchemas() = default;
 
+const ValueSchema* ToolSchemas::find(const std::string& tool, const std::string& parameter) const {
+  const auto parameters = tables_->tools.find(tool);
+  if (parameters == tables_->tools.end()) return nullptr;
+  const auto found = parameters->second.find(parameter);
+  return found == parameters->second.end() ? nullptr : &found->second;
+}
+
 std::string ToolSchemas::value_json(const std::string& tool, const std::string& parameter,
                                     std::string_view text) const {
-  const auto parameters = tables_->tools.find(tool);
-  if (parameters == tables_->tools.end()) return json_string(text);
-  const auto found = parameters->second.find(parameter);
-  if (found == parameters->second.end()) return json_string(text);
-  const std::vector<ValueType>& types = found->second;
+  const ValueSchema* schema = find(tool, parameter);
+  if (schema == nullptr) return json_string(text);
+  const std::vector<ValueType>& types = schema->types;
   const auto allows = [&](ValueType type) { return std::find(types.begin(), types.end(), type) != types.end(); };
   if (is_null_text(text) && (allows(ValueType::kNull) || !allows(ValueType::kString))) return "null";
   for (const ValueType type : types) {

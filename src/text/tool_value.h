@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "text/output_parser.h"
+#include "text/value_schema.h"
 
 namespace tokenspeed::text {
 
@@ -23,6 +24,8 @@ class ToolSchemas {
   ToolSchemas& operator=(ToolSchemas&&) noexcept;
   ~ToolSchemas();
 
+  // The schema of a tool's parameter; nullptr: none is known. Lives as long as this.
+  const ValueSchema* find(const std::string& tool, const std::string& parameter) const;
   std::string value_json(const std::string& tool, const std::string& parameter, std::string_view text) const;
 
  private:

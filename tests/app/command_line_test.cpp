@@ -69,6 +69,17 @@ TEST(CommandLine, TokenizeEqualsTheGoldensBothWays) {
   }
 }
 
+// With a GPU it measures it; without one, or in a build without CUDA, it says what is missing and what to do.
+TEST(CommandLine, AGpuIsUsedOrItsAbsenceExplained) {
+  const Outcome outcome = run("bench membw --device cuda", "", true);
+  if (outcome.exit_code == 0) {
+    EXPECT_NE(outcome.output.find("read_bandwidth_gb_s"), std::string::npos) << outcome.output;
+  } else {
+    EXPECT_EQ(outcome.exit_code, 1);
+    EXPECT_NE(outcome.output.find("run with --device cpu"), std::string::npos) << outcome.output;
+  }
+}
+
 TEST(CommandLine, TokenizeTakesPlainText) {
   const Outcome encoded = run("tokenize " + kDemo, "Hello, world");
   ASSERT_EQ(encoded.exit_code, 0);

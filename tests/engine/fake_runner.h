@@ -76,6 +76,8 @@ class FakeRunner : public runtime::Runner {
       result.status = internal_error("NaN");
     } else if (step.sample) {
       result.token = next_token(history, capacity_.vocabulary_size);
+      const auto allowed = step.allowed_tokens;
+      if (!allowed.empty()) result.token = allowed[static_cast<size_t>(result.token) % allowed.size()];
     }
     return result;
   }

@@ -23,7 +23,7 @@ void require(bool condition) {
 
 const Tokenizer& demo() {
   static const Tokenizer tokenizer =
-      Tokenizer::load(std::string(TOKENSPEED_SOURCE_DIR) + "/models/demo/tokenizer.json").value();
+      Tokenizer::load(std::string(TOKENSPEED_SOURCE_DIR) + "/models/demo").value();
   return tokenizer;
 }
 

@@ -255,7 +255,7 @@ TEST(Config, GenerationTokensComeFirst) {
   const auto refused = load_config(directory.path());
   ASSERT_FALSE(refused.ok());
   EXPECT_NE(refused.status().message().find("generation_config.json"), std::string::npos) << refused.status().message();
-  EXPECT_EQ(load_config("/nonexistent").status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(load_config(std::string("/nonexistent")).status().code(), StatusCode::kNotFound);
 }
 
 TEST(Config, RandomTextNeverCrashes) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "model/checkpoint_builder.h"
@@ -25,7 +27,8 @@ TEST(Loader, LoadsTheRepositorysCheckpoints) {
     for (const LoadFormat format : {LoadFormat::kAuto, LoadFormat::kSafetensors, LoadFormat::kDummy}) {
       const auto model = load_model(kSource + path, format);
       ASSERT_TRUE(model.ok()) << model.status().to_string();
-      EXPECT_EQ(model->directory, kSource + path);
+      ASSERT_TRUE(model->directory.has_value());
+      EXPECT_EQ(model->directory->path(), kSource + path);
       EXPECT_EQ(model->config.mtp_layers, std::string(path) == "/models/demo" ? 1 : 0);
       EXPECT_FALSE(model->config.fp8_blocks);
       EXPECT_TRUE(model->weights->has("norm.weight"));
@@ -33,10 +36,32 @@ TEST(Loader, LoadsTheRepositorysCheckpoints) {
   }
 }
 
+TEST(Loader, ReadsAnEmbeddedModelAsItsDirectory) {
+  const std::string config = read_all(kDense + "/config.json");
+  const std::string weights = read_all(kDense + "/model.safetensors");
+  const std::array files = {EmbeddedFile{"config.json", as_bytes(config)},
+                            EmbeddedFile{"model.safetensors", as_bytes(weights)}};
+  const auto embedded = load_model(Directory::embedded("dense-a", files), LoadFormat::kAuto);
+  ASSERT_TRUE(embedded.ok()) << embedded.status().to_string();
+  const auto of_files = load_model(kDense, LoadFormat::kAuto);
+  EXPECT_EQ(embedded->config.name, of_files->config.name);
+  for (const char* name : {"embed_tokens.weight", "layers.3.self_attn.q_proj.weight", "norm.weight"}) {
+    const auto here = embedded->weights->view(name);
+    const auto there = of_files->weights->view(name);
+    ASSERT_TRUE(here.ok() && there.ok()) << name;
+    ASSERT_EQ(here->shape, there->shape);
+    int64_t bytes = static_cast<int64_t>(dtype_size(here->dtype));
+    for (const int64_t extent : here->shape) bytes *= extent;
+    EXPECT_EQ(std::memcmp(here->data, there->data, static_cast<size_t>(bytes)), 0) << name;
+  }
+  const auto lacking = load_model(Directory::embedded("dense-a", std::span(files).first(1)), LoadFormat::kAuto);
+  expect_error(lacking, StatusCode::kNotFound, "'embedded:dense-a' holds no weights");
+}
+
 TEST(Loader, PresetsNeedDummyWeights) {
   const auto model = load_model("qwen3.5-0.8b", LoadFormat::kDummy);
   ASSERT_TRUE(model.ok()) << model.status().to_string();
-  EXPECT_TRUE(model->directory.empty());
+  EXPECT_FALSE(model->directory.has_value());
   EXPECT_EQ(model->config.hidden_size, 1024);
   EXPECT_TRUE(model->weights->has("mtp.fc.weight"));
   for (const LoadFormat format : {LoadFormat::kAuto, LoadFormat::kSafetensors}) {

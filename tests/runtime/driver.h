@@ -158,4 +158,16 @@ class Driver {
   std::vector<SequenceResult> results_;
 };
 
+// The logits after one token of the sequence.
+inline std::span<const float> row_of(const Output& output, int64_t row, int64_t vocabulary) {
+  return std::span<const float>(output.logits).subspan(row * vocabulary, vocabulary);
+}
+
+// One sequence alone, its prompt in chunks.
+inline Output run_one(Runner* runner, const Case& given, int32_t chunk = 256) {
+  Driver driver(runner, {given});
+  driver.run_alone(chunk);
+  return driver.outputs()[0];
+}
+
 }  // namespace tokenspeed::runtime

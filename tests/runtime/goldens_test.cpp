@@ -30,10 +30,6 @@ constexpr float kDemoBFloat16Lead = 2.0f;
 constexpr int kRandomLengths[] = {1, 2, 5, 63, 64, 65, 130, 300};
 constexpr int kReferenceLengths[] = {1, 2, 5, 65};  // the plain kernels take their time
 
-std::span<const float> row_of(const Output& output, int64_t row, int64_t vocabulary) {
-  return std::span<const float>(output.logits).subspan(row * vocabulary, vocabulary);
-}
-
 int32_t argmax(std::span<const float> row) {
   return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
 }
@@ -43,22 +39,6 @@ float lead(std::span<const float> row) {
   std::vector<float> sorted(row.begin(), row.end());
   std::nth_element(sorted.begin(), sorted.begin() + 1, sorted.end(), std::greater<>());
   return *std::max_element(sorted.begin(), sorted.begin() + 1) - sorted[1];
-}
-
-float relative_error(std::span<const float> computed, std::span<const float> expected) {
-  double difference = 0;
-  double size = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += std::pow(static_cast<double>(computed[i]) - expected[i], 2);
-    size += std::pow(static_cast<double>(expected[i]), 2);
-  }
-  return static_cast<float>(std::sqrt(difference / size));
-}
-
-Output run_one(Runner* runner, const Case& given, int32_t chunk = 256) {
-  Driver driver(runner, {given});
-  driver.run_alone(chunk);
-  return driver.outputs()[0];
 }
 
 struct Kernels {

@@ -141,6 +141,23 @@ TEST_F(RunnerTest, LogprobsBelongToTheLogits) {
   expect_logprobs(results[0].logprobs[0], row(ids_.size() - 1), results[0].token, 3);
 }
 
+TEST_F(RunnerTest, SamplesAllowedTokensOnly) {
+  std::vector<float> logits(ids_.size() * static_cast<size_t>(runner_->capacity().vocabulary_size));
+  const std::vector<int32_t> allowed = {31, 7, 190};
+  SequenceStep given = step();
+  given.allowed_tokens = allowed;
+  given.logits_out = logits.data();
+  ASSERT_TRUE(runner_->submit({&given, 1}).ok());
+  std::vector<SequenceResult> results;
+  ASSERT_TRUE(runner_->wait(&results).ok());
+  const float* last = logits.data() + logits.size() - runner_->capacity().vocabulary_size;
+  EXPECT_EQ(results[0].token,
+            *std::max_element(allowed.begin(), allowed.end(), [&](int32_t a, int32_t b) { return last[a] < last[b]; }));
+  ASSERT_EQ(results[0].logprobs.size(), 1u);  // the model's own, not of the allowed tokens alone
+  expect_logprobs(results[0].logprobs[0], {last, static_cast<size_t>(runner_->capacity().vocabulary_size)},
+                  results[0].token, 3);
+}
+
 // More rows of logits than the head computes at once.
 TEST_F(RunnerTest, PromptLogprobsOfALongChunk) {
   std::vector<int32_t> ids(200);

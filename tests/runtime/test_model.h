@@ -109,4 +109,15 @@ inline float greatest_difference(std::span<const float> a, std::span<const float
   return greatest;
 }
 
+// |computed - expected| / |expected|.
+inline float relative_error(std::span<const float> computed, std::span<const float> expected) {
+  double difference = 0;
+  double size = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    difference += std::pow(static_cast<double>(computed[i]) - expected[i], 2);
+    size += std::pow(static_cast<double>(expected[i]), 2);
+  }
+  return static_cast<float>(std::sqrt(difference / size));
+}
+
 }  // namespace tokenspeed::runtime

@@ -69,7 +69,7 @@ Result<CpuWeights> load(const FakeSource& source, std::vector<ProgramWeight> wei
 }
 
 // By the layout's definition in kernels/types.h.
-float element(const CpuWeight& weight, int64_t matrix, int64_t n, int64_t k) {
+float element(const LoadedWeight& weight, int64_t matrix, int64_t n, int64_t k) {
   const kernels::Matrix& held = weight.matrix;
   const std::byte* data = static_cast<const std::byte*>(held.data) + matrix * weight.matrix_stride;
   int64_t index = n * held.k + k;
@@ -90,12 +90,12 @@ TEST_P(Layouts, HoldTheTensorsElements) {
   source.add("narrow", 35, 7, DType::kBFloat16);
   const auto weights = load(source, {whole("wide", 20, 5), whole("narrow", 35, 7)}, GetParam());
   ASSERT_TRUE(weights.ok()) << weights.status().message();
-  const CpuWeight& wide = weights->at("wide");
+  const LoadedWeight& wide = weights->at("wide");
   EXPECT_EQ(wide.matrix.dtype, DType::kFloat32);
   EXPECT_EQ(wide.matrix.layout, GetParam());
   for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(element(wide, 0, i / 5, i % 5), 0.25f + static_cast<float>(i));
   // Wanted as float32, but bfloat16 is exact and half the bytes.
-  const CpuWeight& narrow = weights->at("narrow");
+  const LoadedWeight& narrow = weights->at("narrow");
   EXPECT_EQ(narrow.matrix.dtype, DType::kBFloat16);
   for (int64_t i = 0; i < 245; ++i) EXPECT_EQ(element(narrow, 0, i / 7, i % 7), static_cast<float>(i));
 }
@@ -108,7 +108,7 @@ TEST_P(Layouts, PutPiecesOneBelowTheOther) {
   weight.pieces = {{"a", 12, 10, 1, 10, 3, 4}, {"b", 30, 10, 10, 20, 6, 4}};
   const auto weights = load(source, {weight}, GetParam());
   ASSERT_TRUE(weights.ok()) << weights.status().message();
-  const CpuWeight& held = weights->at("ab");
+  const LoadedWeight& held = weights->at("ab");
   EXPECT_EQ(held.matrix.dtype, DType::kFloat32);
   for (int64_t n = 0; n < 30; ++n) {
     for (int64_t k = 0; k < 4; ++k) {
@@ -130,7 +130,7 @@ TEST_P(Layouts, HoldExpertsOneAfterTheOther) {
   }
   const auto weights = load(source, {weight}, GetParam());
   ASSERT_TRUE(weights.ok()) << weights.status().message();
-  const CpuWeight& held = weights->at("experts");
+  const LoadedWeight& held = weights->at("experts");
   EXPECT_EQ(held.matrix.dtype, DType::kBFloat16);
   for (int e = 0; e < 3; ++e) {
     for (int64_t n = 0; n < 12; ++n) {

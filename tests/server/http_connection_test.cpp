@@ -18,6 +18,7 @@ namespace {
 
 namespace asio = boost::asio;
 using Tcp = asio::ip::tcp;
+using Socket = HttpConnection::Socket;
 using namespace std::chrono_literals;
 
 constexpr ConnectionLimits kLimits{.max_body_bytes = 1000, .max_unsent_bytes = 100000, .timeout = 200ms};
@@ -41,7 +42,7 @@ class HttpConnectionTest : public testing::Test {
   }
 
   void accept() {
-    acceptor_.async_accept(asio::make_strand(*io_), [this](boost::system::error_code error, Tcp::socket socket) {
+    acceptor_.async_accept(asio::make_strand(*io_), [this](boost::system::error_code error, Socket socket) {
       if (error) return;
       auto connection = std::make_shared<HttpConnection>(
           io_, std::move(socket), kLimits,

@@ -10,6 +10,7 @@
 #include <boost/asio/read.hpp>
 #include <boost/asio/write.hpp>
 #include <chrono>
+#include <functional>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -124,7 +125,7 @@ class ServerTest : public testing::Test {
     auto model = load_served_model("demo", directory, 2048, kVocabulary);
     ASSERT_TRUE(model.ok()) << model.status().message();
     if (!model->stop_token_ids.empty()) script_->end = model->stop_token_ids.at(0);
-    auto tokenizer = text::Tokenizer::load(kSource + "/models/demo/tokenizer.json");
+    auto tokenizer = text::Tokenizer::load(kSource + "/models/demo");
     ASSERT_TRUE(tokenizer.ok());
     tokenizer_.emplace(std::move(tokenizer).value());
     engine_ = std::make_unique<engine::Engine>(std::make_unique<ScriptedRunner>(script_), engine_options);
@@ -170,10 +171,17 @@ class ServerTest : public testing::Test {
     }
     return out;
   }
+  // The engine tells its counts of requests after each step, when a client may have the step's token already.
+  bool running_within(std::chrono::milliseconds limit, int64_t requests) {
+    return holds_within(limit, [&](const engine::Statistics& now) { return now.running == requests; });
+  }
   bool idle_within(std::chrono::milliseconds limit) {
+    return holds_within(limit, [](const engine::Statistics& now) { return now.running + now.waiting == 0; });
+  }
+  bool holds_within(std::chrono::milliseconds limit, const std::function<bool(const engine::Statistics&)>& holds) {
     const auto end = std::chrono::steady_clock::now() + limit;
     while (std::chrono::steady_clock::now() < end) {
-      if (engine_->statistics().running + engine_->statistics().waiting == 0) return true;
+      if (holds(engine_->statistics())) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     return false;

@@ -171,9 +171,9 @@ TEST_F(ServerTest, DroppedConnectionCancels) {
     boost::asio::write(socket, boost::asio::buffer(head("POST", "/v1/chat/completions", body.size(), "close") + body));
     std::string some(300, ' ');  // more than the head: a token has come
     boost::asio::read(socket, boost::asio::buffer(some));
-    EXPECT_EQ(engine_->statistics().running, 1);
+    EXPECT_TRUE(running_within(std::chrono::seconds(2), 1));
   }
-  EXPECT_TRUE(idle_within(std::chrono::milliseconds(500)));
+  EXPECT_TRUE(idle_within(std::chrono::seconds(2)));
 }
 
 TEST_F(ServerTest, KeyIsAskedFor) {
@@ -202,9 +202,9 @@ TEST_F(ServerTest, StopEndsStreams) {
   boost::asio::write(socket, boost::asio::buffer(head("POST", "/v1/chat/completions", body.size(), "close") + body));
   std::string some(300, ' ');  // more than the head: a token has come
   boost::asio::read(socket, boost::asio::buffer(some));
-  EXPECT_EQ(engine_->statistics().running, 1);
+  EXPECT_TRUE(running_within(std::chrono::seconds(2), 1));
   server_->stop();
-  EXPECT_TRUE(idle_within(std::chrono::milliseconds(500)));
+  EXPECT_TRUE(idle_within(std::chrono::seconds(2)));
 }
 
 }  // namespace

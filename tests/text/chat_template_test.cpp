@@ -112,7 +112,7 @@ TEST(ChatTemplate, RefusesMalformedRequests) {
 }
 
 TEST(ChatTemplate, MissingDirectoryIsNotFound) {
-  auto result = load_chat_template("/nonexistent");
+  auto result = load_chat_template(std::string("/nonexistent"));
   ASSERT_FALSE(result.ok());
   EXPECT_EQ(result.status().code(), StatusCode::kNotFound);
 }

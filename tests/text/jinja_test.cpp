@@ -122,6 +122,9 @@ const char* const kRefused[] = {
     R"~({% unknown %})~",
     R"~({{ 'a' | nofilter }})~",
     R"~({{ l is notest }})~",
+    R"~({% filter upper is string %}x{% endfilter %})~",
+    R"~({% set y | upper is string is string %}x{% endset %})~",
+    R"~({% set y | upper()() %}x{% endset %})~",
 };
 // clang-format on
 

@@ -19,7 +19,7 @@ const std::string kSource = TOKENSPEED_SOURCE_DIR;
 const std::string kQwen35 = kSource + "/../shared/data/qwen3.5-tokenizer/";
 
 const Tokenizer& demo() {
-  static const Tokenizer tokenizer = Tokenizer::load(kSource + "/models/demo/tokenizer.json").value();
+  static const Tokenizer tokenizer = Tokenizer::load(kSource + "/models/demo").value();
   return tokenizer;
 }
 
@@ -50,7 +50,7 @@ TEST(TokenizerTest, demo_goldens_both_ways) {
 TEST(TokenizerTest, qwen35_cases_both_ways) {
   if (!std::filesystem::exists(kQwen35 + "cases.json")) GTEST_SKIP() << "no ../shared";
   const auto start = std::chrono::steady_clock::now();
-  const auto tokenizer = Tokenizer::load(kQwen35 + "tokenizer.json");
+  const auto tokenizer = Tokenizer::load(kQwen35);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status().to_string();
   std::cout << "loaded in " << seconds.count() << " s\n";
@@ -102,7 +102,7 @@ TEST(TokenizerTest, long_words_do_not_take_quadratic_time) {
 }
 
 TEST(TokenizerTest, threads_share_one_tokenizer) {
-  const auto fresh = Tokenizer::load(kSource + "/models/demo/tokenizer.json");
+  const auto fresh = Tokenizer::load(kSource + "/models/demo");
   const std::string text = read_file(kSource + "/models/demo/README.md").value();
   const auto expected = demo().encode(text).value();
   std::vector<std::vector<int32_t>> results(4);

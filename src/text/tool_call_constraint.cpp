@@ -1,0 +1,28 @@
+#include "text/tool_call_constraint.h"
+
+#include <string>
+#include <utility>
+
+namespace tokenspeed::text {
+
+ToolCallConstraint::ToolCallConstraint(const Tokenizer& tokenizer, const SortedVocabulary& vocabulary,
+                                       OutputParserOptions options, std::string_view forced_prefix)
+    : tokenizer_(&tokenizer), vocabulary_(&vocabulary), parser_(std::move(options), 0) {
+  parser_.push(forced_prefix);
+}
+
+void ToolCallConstraint::push(int32_t token) {
+  const std::string* bytes = tokenizer_->token_bytes(token);
+  if (bytes != nullptr && !tokenizer_->is_special(token)) parser_.push(*bytes);
+}
+
+std::span<const int32_t> ToolCallConstraint::allowed() {
+  allowed_.clear();
+  const OpenValue value = parser_.open_value();
+  if (value.grammar == nullptr || value.grammar->match(value.text) != TagMatch::kPartial) return {};
+  const auto may_continue = [&](std::string_view text) { return value.grammar->match(text) != TagMatch::kNo; };
+  vocabulary_->match(std::string(value.text), may_continue, &allowed_);
+  return allowed_;
+}
+
+}  // namespace tokenspeed::text
