@@ -1,7 +1,7 @@
 // Times the kernels for few tokens on random weights: each op alone against the measured read bandwidth, and the whole
 // step of a model shape as one graph, with every kind of op left out in turn (what the op costs inside the step).
 //
-//   ops_bench [--model 35b|0.8b|4b|9b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--quick]
+//   ops_bench [--model 35b|0.8b|4b|9b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--kv-fp8] [--quick]
 //
 // Every layer has weights of its own, so nothing is found in L2 that a real step would not find there. Times are
 // medians of event-timed graph replays after warm-up. "alone": each launch waits for the one before; "chained":
@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -143,6 +145,8 @@ struct Options {
   int64_t rows = 1;
   int64_t context = 128;
   bool quick = false;
+  bool kv_fp8 = false;
+  bool phases = true;
 };
 
 // One step's ops by kind, in order.
@@ -150,13 +154,15 @@ struct Op {
   const char* kind;
   int64_t bytes;
   std::function<Status(const cuda::Launch&)> launch;
+  std::optional<cuda::DecodePhase> phase;  // what decode_phases takes along
 };
 
-double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, bool dependent, int repeats) {
+using Enqueue = std::function<void(const cuda::Launch&)>;
+double graph_time_us(cudaStream_t stream, const Enqueue& enqueue, bool dependent, int repeats) {
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (const Op* op : ops) require(op->launch({stream, dependent}));
+  enqueue({stream, dependent});
   require(cudaStreamEndCapture(stream, &graph), "end capture");
   require(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
   cudaEvent_t begin, end;
@@ -178,6 +184,38 @@ double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, boo
   cudaEventDestroy(end);
   std::sort(times.begin(), times.end());
   return times[times.size() / 2] * 1e3;
+}
+
+double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, bool dependent, int repeats) {
+  return graph_time_us(
+      stream,
+      [&](const cuda::Launch& launch) {
+        for (const Op* op : ops) require(op->launch(launch));
+      },
+      dependent, repeats);
+}
+// The same ops, runs of phases through decode_phases.
+double phases_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, void* workspace, bool dependent,
+                      int repeats) {
+  return graph_time_us(
+      stream,
+      [&](const cuda::Launch& launch) {
+        std::vector<cuda::DecodePhase> phases;
+        const auto flush = [&] {
+          if (!phases.empty()) require(cuda::decode_phases(phases, workspace, launch));
+          phases.clear();
+        };
+        for (const Op* op : ops) {
+          if (op->phase) {
+            phases.push_back(*op->phase);
+            continue;
+          }
+          flush();
+          require(op->launch(launch));
+        }
+        flush();
+      },
+      dependent, repeats);
 }
 
 double read_bandwidth(cudaStream_t stream, const void* from, int64_t bytes, uint32_t* sink) {
@@ -203,6 +241,24 @@ class Step {
   explicit Step(const Options& o) : o_(o), arena_(arena_bytes(o)) { build(); }
   const std::vector<Op>& ops() const { return ops_; }
 
+  // Bytes of the expert phases by the distinct experts of a step that has just run.
+  void count_experts() {
+    const int64_t element = o_.fp8 ? 1 : 2;
+    int64_t read = 0;
+    for (Op& op : ops_) {
+      if (!op.phase) continue;
+      if (const auto* up = std::get_if<cuda::DecodeGateUp>(&*op.phase); up != nullptr && up->expert_ids != nullptr) {
+        std::vector<int32_t> ids(static_cast<size_t>(up->rows * up->routed.top_k));
+        require(cudaMemcpy(ids.data(), up->expert_ids, ids.size() * 4, cudaMemcpyDeviceToHost), "expert ids");
+        const auto distinct = static_cast<int64_t>(std::set<int32_t>(ids.begin(), ids.end()).size());
+        read = (distinct * up->width + up->shared_width) * up->hidden * element;
+        op.bytes = 2 * read;
+      } else if (std::holds_alternative<cuda::DecodeDown>(*op.phase)) {
+        op.bytes = read;
+      }
+    }
+  }
+
  private:
   static int64_t arena_bytes(const Options& o) {
     const Model& m = o.model;
@@ -215,7 +271,11 @@ class Step {
   }
 
   void add(const char* kind, int64_t bytes, std::function<Status(const cuda::Launch&)> launch) {
-    ops_.push_back({kind, bytes, std::move(launch)});
+    ops_.push_back({kind, bytes, std::move(launch), {}});
+  }
+  template <typename Args>
+  void add_phase(const char* kind, int64_t bytes, const Args& args, Status (*op)(const Args&, const cuda::Launch&)) {
+    ops_.push_back({kind, bytes, [args, op](const cuda::Launch& launch) { return op(args, launch); }, args});
   }
   void linear(const char* kind, Rows x, const float* norm, Rows normed, std::vector<cuda::DecodeSegment> segments) {
     cuda::DecodeLinear args;
@@ -228,7 +288,7 @@ class Step {
       args.segments[args.segment_count++] = s;
       bytes += s.weight.n * s.weight.k * static_cast<int64_t>(dtype_size(s.weight.dtype));
     }
-    add(kind, bytes, [args](const cuda::Launch& launch) { return cuda::decode_linear(args, launch); });
+    add_phase(kind, bytes, args, &cuda::decode_linear);
   }
 
   void build() {
@@ -303,8 +363,7 @@ class Step {
         mixer.dt_bias = small;
         mixer.norm_weight = norm;
         mixer.out = {mixed.data, DType::kBFloat16, values};
-        add("2 gated delta net", 2 * recurrent,
-            [mixer](const cuda::Launch& launch) { return cuda::decode_gdn(mixer, launch); });
+        add_phase("2 gated delta net", 2 * recurrent, mixer, &cuda::decode_gdn);
         linear("3 out-projection (GDN)", mixer.out, nullptr, {}, {{arena_.matrix(m.hidden, values, o_.fp8), x, true}});
       } else {
         linear("1 in-projections (attention)", x, norm, {},
@@ -315,9 +374,10 @@ class Step {
         args.shape = attention;
         args.batch = batch;
         const int64_t kv = pages * page * m.kv_heads * 256;
-        args.pages = {arena_.filled(kv * 2, Fill::kBf16, 1.0f),
-                      arena_.filled(kv * 2, Fill::kBf16, 1.0f),
-                      DType::kBFloat16,
+        const Fill fill = o_.kv_fp8 ? Fill::kFp8 : Fill::kBf16;
+        args.pages = {arena_.filled(kv * (o_.kv_fp8 ? 1 : 2), fill, 1.0f),
+                      arena_.filled(kv * (o_.kv_fp8 ? 1 : 2), fill, 1.0f),
+                      o_.kv_fp8 ? DType::kFloat8E4M3 : DType::kBFloat16,
                       static_cast<int32_t>(page),
                       static_cast<int32_t>(m.kv_heads),
                       256};
@@ -329,8 +389,8 @@ class Step {
         args.out = {mixed.data, DType::kBFloat16, m.query_heads * 256};
         args.max_context = o_.context + rows;
         args.workspace = attention_workspace;
-        add("2 attention", (o_.context + rows) * m.kv_heads * 1024,
-            [args](const cuda::Launch& launch) { return cuda::decode_attention(args, launch); });
+        add_phase("2 attention", (o_.context + rows) * m.kv_heads * (o_.kv_fp8 ? 512 : 1024), args,
+                  &cuda::decode_attention);
         linear("3 out-projection (attention)", args.out, nullptr, {},
                {{arena_.matrix(m.hidden, m.query_heads * 256, o_.fp8), x, true}});
       }
@@ -347,8 +407,7 @@ class Step {
       if (m.experts == 0) {
         up.x = x;
         up.norm_weight = norm;
-        add("5 gate and up", 2 * m.shared_width * m.hidden * element,
-            [up](const cuda::Launch& launch) { return cuda::decode_gate_up(up, launch); });
+        add_phase("5 gate and up", 2 * m.shared_width * m.hidden * element, up, &cuda::decode_gate_up);
         linear("6 down", {h, DType::kBFloat16, m.shared_width}, nullptr, {}, {{shared_down, x, true}});
         continue;
       }
@@ -368,10 +427,10 @@ class Step {
       down.shared_gate_stride = gate.stride;
       down.h = h;
       down.y = x;
-      // For more than one row this is the most; the rows' random choices overlap a little.
-      const int64_t read = (std::min(m.experts, rows * m.top_k) * m.width + m.shared_width) * m.hidden * element;
-      add("5 gate and up", 2 * read, [up](const cuda::Launch& launch) { return cuda::decode_gate_up(up, launch); });
-      add("6 down", read, [down](const cuda::Launch& launch) { return cuda::decode_down(down, launch); });
+      up.expert_ids = static_cast<int32_t*>(arena_.take(rows * m.top_k * 4));
+      up.expert_weights = static_cast<float*>(arena_.take(rows * m.top_k * 4));
+      add_phase("5 gate and up", 0, up, &cuda::decode_gate_up);
+      add_phase("6 down", 0, down, &cuda::decode_down);
     }
     linear("7 head", x, norm, {}, {{arena_.matrix(m.vocabulary, m.hidden, false), logits}});
     const cuda::DecodeArgmax argmax{rows,          m.vocabulary, static_cast<const float*>(logits.data),
@@ -406,6 +465,10 @@ Options parse(int argc, char** argv) {
       o.rows = atoi(next().c_str());
     } else if (flag == "--context") {
       o.context = atoll(next().c_str());
+    } else if (flag == "--no-phases") {
+      o.phases = false;
+    } else if (flag == "--kv-fp8") {
+      o.kv_fp8 = true;
     } else if (flag == "--quick") {
       o.quick = true;
     } else {
@@ -431,8 +494,14 @@ int main(int argc, char** argv) {
   require(cudaGetDeviceProperties(&properties, 0), "properties");
   printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, context %lld\n", properties.name, bandwidth * 1e-12,
          o.model.name, o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows), static_cast<long long>(o.context));
-  const Step step(o);
+  Step step(o);
   const int repeats = o.quick ? 20 : 50;
+  for (const Op& op : step.ops()) require(op.launch({stream, true}));
+  require(cudaStreamSynchronize(stream), "first step");
+  step.count_experts();
+  void* phase_workspace = nullptr;
+  require(cudaMalloc(&phase_workspace, cuda::kDecodePhasesWorkspaceBytes), "workspace");
+  require(cudaMemset(phase_workspace, 0, cuda::kDecodePhasesWorkspaceBytes), "workspace");
 
   std::vector<const Op*> all;
   std::vector<std::string> kinds;
@@ -442,15 +511,34 @@ int main(int argc, char** argv) {
     bytes += op.bytes;
     if (std::find(kinds.begin(), kinds.end(), op.kind) == kinds.end()) kinds.push_back(op.kind);
   }
-  const double plain = graph_time_us(stream, all, false, repeats);
-  const double whole = graph_time_us(stream, all, true, repeats);
-  const double whole_again = graph_time_us(stream, all, true, repeats);
   const auto share = [&](double us) { return static_cast<double>(bytes) / (us * 1e-6) / bandwidth * 100; };
-  printf(
-      "step: %.3f GB, floor %.1f us; %.1f us (again %.1f) = %.0f rows/s, %.1f%% of bandwidth; without overlap %.1f "
-      "us\n",
-      static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6, whole, whole_again,
-      static_cast<double>(o.rows) / whole * 1e6, share(whole), plain);
+  const auto report = [&](const char* what, double us) {
+    printf("step, %-28s %8.1f us = %6.0f rows/s, %.1f%% of bandwidth\n", what, us, static_cast<double>(o.rows) / us * 1e6,
+           share(us));
+  };
+  printf("step: %.3f GB, floor %.1f us\n", static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6);
+  const double whole = graph_time_us(stream, all, true, repeats);
+  if (o.phases) {
+    const double phased = phases_time_us(stream, all, phase_workspace, true, repeats);
+    report("persistent phases", phased);
+    report("persistent phases, again", phases_time_us(stream, all, phase_workspace, true, repeats));
+    report("the same, launches apart", phases_time_us(stream, all, phase_workspace, false, repeats));
+    for (const std::string& kind : kinds) {
+      std::vector<const Op*> others;
+      double count = 0;
+      for (const Op& op : step.ops()) {
+        const bool left_out = kind == op.kind || (kind[0] == '5' && op.kind[0] == '6');
+        if (!left_out) others.push_back(&op);
+        if (kind == op.kind) ++count;
+      }
+      if (kind[0] == '2' && kind.find("gated") != std::string::npos) continue;  // the next phase needs it
+      printf("  %-40s %8.2f us each in the step\n", (kind[0] == '5' ? "5, 6 experts" : kind).c_str(),
+             (phased - phases_time_us(stream, others, phase_workspace, true, repeats)) / count);
+    }
+  }
+  report("one launch per op", whole);
+  if (o.quick) return 0;
+  report("one after the other", graph_time_us(stream, all, false, repeats));
   printf("%-30s %5s %9s %9s %9s %9s %7s %9s\n", "op", "count", "MB each", "floor us", "alone us", "chain us", "chain %",
          "in step");
   for (const std::string& kind : kinds) {

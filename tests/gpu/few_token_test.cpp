@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "gpu/device_data.h"
+#include "gpu/few_token_data.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/embedding.h"
 #include "kernels/linear.h"
@@ -21,70 +22,6 @@ constexpr double kExpertsTolerance = 6e-3;    // h rounded in between
 constexpr double kAttentionTolerance = 6e-3;  // probabilities in bfloat16
 constexpr double kMixerTolerance = 6e-3;      // o rounded before its norm
 constexpr double kStateTolerance = 1e-5;
-
-using Bf16Rows = Activations<BFloat16>;
-using FloatRows = Activations<float>;
-
-uint32_t fresh_seed() {
-  const uint32_t seed = std::random_device()();
-  testing::Test::RecordProperty("seed", static_cast<int>(seed));
-  printf("seed %u\n", seed);
-  return seed;
-}
-
-void run(const Status& status) {
-  ASSERT_TRUE(status.ok()) << status.to_string();
-  expect_ok(cudaGetLastError());
-  expect_ok(cudaDeviceSynchronize());
-}
-
-template <typename T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// `count` matrices [n, k] one after the other on both sides.
-class Weights {
- public:
-  Weights(Random* random, bool fp8, int64_t n, int64_t k, int64_t count = 1)
-      : bytes_({}), scales_({}), n_(n), k_(k), fp8_(fp8) {
-    std::vector<uint8_t> bytes;
-    std::vector<float> scales;
-    const int64_t blocks = (n + 127) / 128 * ((k + 127) / 128);
-    if (fp8) {
-      bytes = random->fp8s(n * k * count);
-      for (int64_t i = 0; i < 4 * count; ++i)
-        bytes[static_cast<size_t>(random->below(n * k))] = static_cast<uint8_t>(i % 8);
-      for (int64_t i = 0; i < blocks * count; ++i)
-        scales.push_back(1e-4f * (1.0f + static_cast<float>(random->below(100)) * 0.01f));
-    } else {
-      const std::vector<BFloat16> values = random->bfloat16s(n * k * count, 0.02f);
-      bytes.resize(values.size() * 2);
-      std::memcpy(bytes.data(), values.data(), bytes.size());
-    }
-    renew(&bytes_, std::move(bytes));
-    renew(&scales_, std::move(scales));
-  }
-  Matrix host() const { return matrix(bytes_.host.data(), scales_.host.data()); }
-  Matrix device() const { return matrix(bytes_.device(), scales_.device()); }
-  int64_t stride() const { return n_ * k_ * (fp8_ ? 1 : 2); }
-  int64_t scale_stride() const { return fp8_ ? (n_ + 127) / 128 * ((k_ + 127) / 128) : 0; }
-
- private:
-  template <typename T>
-  static void renew(Both<T>* array, std::vector<T> values) {
-    array->~Both<T>();
-    new (array) Both<T>(std::move(values));
-  }
-  Matrix matrix(const void* data, const float* scale) const {
-    return {
-        data, fp8_ ? DType::kFloat8E4M3 : DType::kBFloat16, MatrixLayout::kRowMajor, n_, k_, fp8_ ? scale : nullptr};
-  }
-  Both<uint8_t> bytes_;
-  Both<float> scales_;
-  int64_t n_, k_;
-  bool fp8_;
-};
 
 struct LinearCase {
   int64_t rows, k;

@@ -8,6 +8,7 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/gated_delta_net.h"
+#include "kernels/cuda/gdn_stages.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/mlp.h"
 #include "kernels/cuda/norm.h"
@@ -19,6 +20,7 @@ constexpr double kRoundingTolerance = 3e-3;      // one bfloat16 rounding of the
 constexpr double kTwoRoundingsTolerance = 6e-3;  // the separate reference steps round between them
 constexpr double kAttentionTolerance = 6e-3;     // probabilities in bfloat16
 constexpr double kStateTolerance = 5e-3;         // recurrent state from bfloat16 q, k, v
+constexpr double kAlikeTolerance = 3e-2;  // chunked rule, all keys alike: bfloat16 differences that telescope
 constexpr double kMixerTolerance = 1.5e-2;
 constexpr double kExpertsTolerance = 8e-3;
 constexpr double kFp8Tolerance = 5e-2;         // activations quantised to e4m3
@@ -110,6 +112,7 @@ TEST(ManyTokenEmbedding, Lookup) {
 struct AttentionCase {
   int64_t query_heads, kv_heads, head_dim;
   std::vector<int32_t> lengths, contexts;
+  int32_t page_size = 16;
 };
 
 const AttentionCase kAttentionCases[] = {
@@ -117,6 +120,11 @@ const AttentionCase kAttentionCases[] = {
     {4, 2, 128, {1, 130, 2}, {300, 0, 64}},
     {16, 2, 256, {40, 1, 1}, {100, 0, 511}},
     {2, 1, 256, {300}, {17}},
+    {8, 2, 256, {33, 5}, {90, 2}, 8},
+    {6, 2, 256, {70, 1, 128}, {0, 64, 31}, 32},
+    {8, 1, 256, {1, 200, 63, 64}, {257, 0, 1, 500}, 64},
+    {4, 1, 256, {150, 9}, {130, 300}, 128},
+    {4, 2, 256, {20, 61}, {7, 0}, 24},
 };
 
 // Keys and values of every position, in place of what earlier steps wrote.
@@ -131,6 +139,22 @@ struct Pages {
                page_size,
                static_cast<int32_t>(shape.kv_heads),
                static_cast<int32_t>(shape.head_dim)} {}
+  // What lies behind the last token of a sequence may be anything.
+  void spoil(const Batch& batch, int32_t page_size) {
+    const int64_t row = int64_t{layout.heads} * layout.head_dim;
+    for (size_t s = 0; s < batch.context.host.size(); ++s) {
+      const int64_t end = batch.context.host[s] + batch.token_begin.host[s + 1] - batch.token_begin.host[s];
+      for (int64_t p = end; p < int64_t{batch.pages_per_sequence} * page_size; ++p) {
+        const int64_t page = batch.page_table.host[s * batch.pages_per_sequence + p / page_size];
+        for (int64_t i = 0; i < row; ++i) {
+          keys.host[(page * page_size + p % page_size) * row + i] = to_bfloat16(NAN);
+          values.host[(page * page_size + p % page_size) * row + i] = to_bfloat16(NAN);
+        }
+      }
+    }
+    keys.upload();
+    values.upload();
+  }
   KvPages on_host() { return with(keys.host.data(), values.host.data()); }
   KvPages on_device() const { return with(keys.device(), values.device()); }
   KvPages with(void* k, void* v) const {
@@ -148,8 +172,10 @@ TEST(ManyTokenAttention, PrepareThenAttend) {
   Random random(fresh_seed());
   for (const AttentionCase& shape : kAttentionCases) {
     const AttentionShape attention{shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim / 4, 1e7f};
-    Batch batch(&random, shape.lengths, shape.contexts, 16);
-    Pages pages(&random, batch, shape, 16);
+    SCOPED_TRACE(testing::Message() << shape.query_heads << "/" << shape.kv_heads << " heads of " << shape.head_dim
+                                    << ", pages of " << shape.page_size);
+    Batch batch(&random, shape.lengths, shape.contexts, shape.page_size);
+    Pages pages(&random, batch, shape, shape.page_size);
     const int64_t tokens = batch.tokens();
     const int64_t query = shape.query_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
     const int64_t stride = 2 * query + 2 * kv;
@@ -179,7 +205,7 @@ TEST(ManyTokenAttention, PrepareThenAttend) {
     EXPECT_CLOSE(pages.keys.download(), pages.keys.host, kTwoRoundingsTolerance);
     EXPECT_CLOSE(pages.values.download(), pages.values.host, 0);
     queries.upload();
-    pages.keys.upload();
+    pages.spoil(batch, shape.page_size);
     cuda::paged_attention(
         attend(projected.device_rows(), batch.on_device(), pages.on_device(), queries.device_rows(), out.device_rows()),
         nullptr);
@@ -227,6 +253,7 @@ const GdnCase kGdnCases[] = {
     {{2, 4, 32, 32, 4}, {1, 2, 37}, {0, 9, 4}},
     {{2, 4, 64, 64, 4}, {70, 1}, {0, 3}},
     {{4, 8, 128, 128, 4}, {5, 200, 1, 64}, {8, 0, 100, 1}},
+    {{4, 12, 128, 128, 4}, {31, 32, 33, 129, 320}, {0, 3, 0, 7, 9}},
 };
 
 // One layer's slots; contents random.
@@ -252,11 +279,11 @@ struct Slots {
     std::memcpy(values.data(), bytes.data() + slot * stride + offset, static_cast<size_t>(size));
     return values;
   }
-  void compare(const Batch& batch) {
+  void compare(const Batch& batch, double tolerance = kStateTolerance) {
     const std::vector<std::byte> got = memory.download();
     for (const int32_t slot : batch.state_out.host) {
       EXPECT_CLOSE(of<float>(got, slot, 0, recurrent_bytes), of<float>(memory.host, slot, 0, recurrent_bytes),
-                   kStateTolerance);
+                   tolerance);
       const int64_t size = stride - recurrent_bytes;
       EXPECT_CLOSE(of<BFloat16>(got, slot, recurrent_bytes, size),
                    of<BFloat16>(memory.host, slot, recurrent_bytes, size), 0);
@@ -356,6 +383,50 @@ TEST(ManyTokenGdn, SeparateSteps) {
   }
 }
 
+// By chunks of 64 tokens: partial chunks, several sequences, some too short for it (left to recurrent_rule), states from
+// before. With `alike` all keys are nearly one, betas near 1 and decays near none: the hardest triangular systems.
+TEST(ManyTokenGdn, ChunkedRule) {
+  Random random(fresh_seed());
+  for (const int64_t group : {1, 2, 3, 4}) {
+    for (const bool alike : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "group " << group << (alike ? " alike" : ""));
+      const GdnShape shape{2, 2 * group, 128, 128, 4};
+      Batch batch(&random, {64, 3, 150, 32, 31, 1, 63, 65, 400}, {9, 0, 0, 5, 70, 4, 0, 3, 8}, 16);
+      Slots slots(&random, shape, batch.slots);
+      const int64_t tokens = batch.tokens(), values = shape.value_heads * 128, heads = shape.value_heads;
+      Bf16Rows qkv(random.bfloat16s(tokens * shape.channels()), shape.channels());
+      Bf16Rows out(random.bfloat16s(tokens * values), values);
+      Both<float> beta(random.floats(tokens * heads)), decay(random.floats(tokens * heads));
+      for (float& b : beta.host) b = alike ? 0.97f : 1.0f / (1.0f + std::exp(-b));
+      for (float& d : decay.host) d = alike ? 0.9995f : random.below(50) == 0 ? 0.0f : std::exp(-std::abs(d));
+      beta.upload();
+      decay.upload();
+      if (alike) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t c = 0; c < 2 * 128; ++c) {
+            BFloat16& key = qkv.host[t * shape.channels() + 2 * 128 + c];
+            key = to_bfloat16(static_cast<float>(c % 7) - 3 + 0.2f * to_float(key));
+          }
+        }
+      }
+      reference::gdn_l2_norm({shape, tokens, qkv.host_rows()});
+      qkv.upload();
+      out.poison();
+      Both<std::byte> workspace(std::vector<std::byte>(cuda::chunked_rule_workspace_bytes(shape, tokens)));
+      workspace.poison();
+      const GatedDeltaRule args{shape,         batch.on_device(), slots.on_device(), qkv.device_rows(),
+                                beta.device(), decay.device(),    out.device_rows()};
+      cuda::chunked_rule(args, workspace.device(), nullptr);
+      cuda::recurrent_rule(args, cuda::kChunkedRuleTokens, nullptr);
+      finish();
+      reference::gated_delta_rule({shape, batch.on_host(), slots.on_host(), qkv.host_rows(), beta.host.data(),
+                                   decay.host.data(), out.host_rows()});
+      EXPECT_CLOSE(out.download(), out.host, alike ? kAlikeTolerance : kStateTolerance);
+      slots.compare(batch, alike ? kAlikeTolerance : kStateTolerance);
+    }
+  }
+}
+
 TEST(ManyTokenMlp, Elementwise) {
   Random random(fresh_seed());
   const int64_t rows = 37, width = 320;
@@ -445,7 +516,8 @@ TEST(ManyTokenLinear, AgainstReference) {
   for (const Case& c : {Case{false, 1, 512, 192, false, false, false}, Case{false, 130, 320, 256, true, false, false},
                         Case{false, 65, 384, 512, false, true, false}, Case{false, 9, 1000, 128, false, false, true},
                         Case{true, 1, 256, 128, false, false, false}, Case{true, 200, 384, 512, false, false, false},
-                        Case{true, 129, 640, 1024, true, true, false}, Case{true, 300, 128, 256, false, false, true}}) {
+                        Case{true, 129, 640, 1024, true, true, false}, Case{true, 300, 128, 256, false, false, true},
+                        Case{true, 3000, 1152, 1280, false, false, false}}) {
     SCOPED_TRACE(testing::Message() << c.fp8 << " " << c.rows << "x" << c.n << "x" << c.k);
     Weight weight(&random, c.fp8, c.n, c.k);
     Bf16Rows x(random.bfloat16s(c.rows * c.k), c.k), y(random.bfloat16s(c.rows * c.n), c.n);
@@ -490,7 +562,8 @@ TEST(ManyTokenExperts, AgainstReference) {
   };
   for (const Case& c :
        {Case{false, 5, 16, 4, 128, 32}, Case{false, 150, 8, 2, 256, 128}, Case{false, 33, 16, 8, 256, 64},
-        Case{true, 40, 8, 2, 256, 128}, Case{true, 200, 4, 2, 512, 256}}) {
+        Case{false, 500, 3, 2, 328, 200}, Case{true, 40, 8, 2, 256, 128}, Case{true, 200, 4, 2, 512, 256},
+        Case{true, 700, 5, 2, 512, 384}, Case{false, 1200, 40, 8, 64, 64}}) {
     SCOPED_TRACE(testing::Message() << c.fp8 << " " << c.rows << " rows, width " << c.width);
     Weight gate_up(&random, c.fp8, 2 * c.width, c.hidden, c.experts),
         down(&random, c.fp8, c.hidden, c.width, c.experts);

@@ -3,9 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
+#include "model/dummy_weights.h"
+#include "model/presets.h"
 #include "runtime/cuda/cuda_runner.h"
 #include "runtime/driver.h"
 #include "runtime/test_model.h"
@@ -33,26 +37,6 @@ CudaRunnerOptions cuda_options() {
 
 std::unique_ptr<CudaRunner> make_cuda_runner(const TestModel& model, const CudaRunnerOptions& options) {
   return must(CudaRunner::create(model.graph, *model.source, options));
-}
-
-std::span<const float> row_of(const Output& output, int64_t row, int64_t vocabulary) {
-  return std::span<const float>(output.logits).subspan(row * vocabulary, vocabulary);
-}
-
-float relative_error(std::span<const float> computed, std::span<const float> expected) {
-  double difference = 0;
-  double size = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += std::pow(static_cast<double>(computed[i]) - expected[i], 2);
-    size += std::pow(static_cast<double>(expected[i]), 2);
-  }
-  return static_cast<float>(std::sqrt(difference / size));
-}
-
-Output run_one(Runner* runner, const Case& given, int32_t chunk = 256) {
-  Driver driver(runner, {given});
-  driver.run_alone(chunk);
-  return driver.outputs()[0];
 }
 
 float median_error(const Golden& golden, CudaRunner* runner) {
@@ -121,10 +105,10 @@ TEST(CudaDemoGolden, LogitsAndGreedyTokens) {
   }
 }
 
-// Plays `prompts` to `new_tokens` greedy tokens each without asking for logits: device sampling, and graphs where used.
+// Plays `prompts` to `new_tokens` tokens each without asking for logits: greedy ones are sampled on the device, and
+// graphs are used where they can be.
 std::vector<std::vector<int32_t>> play(Runner* runner, const std::vector<std::vector<int32_t>>& prompts,
-                                       int32_t new_tokens) {
-  const SamplingParameters greedy = {.temperature = 0};
+                                       int32_t new_tokens, const SamplingParameters& sampling = {.temperature = 0}) {
   const int32_t pages_each = runner->capacity().pages / static_cast<int32_t>(prompts.size());
   std::vector<std::vector<int32_t>> outputs(prompts.size()), pages(prompts.size());
   for (size_t s = 0; s < prompts.size(); ++s) {
@@ -141,7 +125,7 @@ std::vector<std::vector<int32_t>> play(Runner* runner, const std::vector<std::ve
       step.state_out = static_cast<int32_t>(s);
       step.state_in = round == 0 ? -1 : step.state_out;
       step.sample = true;
-      step.sampling = &greedy;
+      step.sampling = &sampling;
       steps.push_back(step);
     }
     std::vector<SequenceResult> results;
@@ -186,6 +170,231 @@ TEST(CudaRunner, FusedDecodingDoesNotDependOnTheBatch) {
   EXPECT_TRUE(runner->decodes_fused());
   const auto together = play(runner.get(), prompts, 40);
   for (size_t s = 0; s < prompts.size(); ++s) EXPECT_EQ(play(runner.get(), {prompts[s]}, 40)[0], together[s]) << s;
+}
+
+std::vector<std::vector<int32_t>> demo_prompts(int count, size_t length) {
+  const Golden golden(kRoot + "/tests/goldens/demo-model.safetensors");
+  std::vector<std::vector<int32_t>> prompts;
+  for (int i = 0; i < count; ++i) {
+    prompts.push_back(golden.ints("p" + std::to_string(i % 8) + ".ids"));
+    prompts.back().resize(std::min(prompts.back().size(), length + static_cast<size_t>(i)));
+  }
+  return prompts;
+}
+
+// More rows than the fused kernels and one launch of the argmax take.
+TEST(CudaRunner, SamplesManySequencesOnTheDevice) {
+  CudaRunnerOptions options = cuda_options();
+  options.max_sequences = 20;
+  options.max_step_tokens = 512;
+  const auto prompts = demo_prompts(20, 6);
+  const auto with = play(make_cuda_runner(test_model(demo_directory()), options).get(), prompts, 12);
+  options.graphs = false;
+  EXPECT_EQ(with, play(make_cuda_runner(test_model(demo_directory()), options).get(), prompts, 12));
+  for (const auto& tokens : with) EXPECT_EQ(tokens.size(), 12u);
+}
+
+// The same greedy tokens whether the device takes them or, because of log probabilities, the host.
+TEST(CudaRunner, HostAndDeviceChooseTheSameTokens) {
+  const auto prompts = demo_prompts(5, 40);
+  const auto runner = make_cuda_runner(test_model(demo_directory()), cuda_options());
+  const auto on_device = play(runner.get(), prompts, 24);
+  EXPECT_EQ(on_device, play(runner.get(), prompts, 24, {.temperature = 0, .logprobs = 2}));
+}
+
+// Random draws are the CPU sampler's, which the host uses for rows with log probabilities.
+TEST(CudaRunner, HostAndDeviceDrawTheSameTokens) {
+  const auto prompts = demo_prompts(5, 40);
+  const auto runner = make_cuda_runner(test_model(demo_directory()), cuda_options());
+  const SamplingParameters kinds[] = {{.temperature = 1.3f, .seed = 3},
+                                      {.temperature = 0.8f, .top_k = 20, .top_p = 0.9f, .seed = 1ull << 40},
+                                      {.temperature = 1.1f, .min_p = 0.02f, .seed = 9}};
+  for (SamplingParameters sampling : kinds) {
+    const auto on_device = play(runner.get(), prompts, 24, sampling);
+    sampling.logprobs = 0;
+    EXPECT_EQ(on_device, play(runner.get(), prompts, 24, sampling)) << sampling.temperature;
+  }
+}
+
+// Beside a greedy sequence, one with draws and logprobs and one that may answer with two tokens only.
+TEST(CudaRunner, MixesGreedySequencesWithOthers) {
+  const auto prompts = demo_prompts(3, 20);
+  const auto runner = make_cuda_runner(test_model(demo_directory()), cuda_options());
+  const auto greedy = play(runner.get(), prompts, 1);
+  const SamplingParameters plain = {.temperature = 0};
+  const SamplingParameters random = {.temperature = 0.7f, .seed = 5, .logprobs = 3};
+  const std::vector<int32_t> allowed = {11, 17};
+  std::vector<std::vector<int32_t>> pages(3);
+  std::vector<SequenceStep> steps(3);
+  for (int32_t s = 0; s < 3; ++s) {
+    for (int32_t i = 0; i < 4; ++i) pages[s].push_back(4 * s + i);
+    steps[s].tokens = prompts[s];
+    steps[s].pages = pages[s];
+    steps[s].state_out = s;
+    steps[s].sample = true;
+    steps[s].sampling = s == 1 ? &random : &plain;
+    steps[s].prompt = prompts[s];
+  }
+  steps[2].allowed_tokens = allowed;
+  std::vector<SequenceResult> results[2];
+  for (auto& result : results) {
+    ASSERT_TRUE(runner->submit(steps).ok());
+    ASSERT_TRUE(runner->wait(&result).ok());
+  }
+  EXPECT_EQ(results[0][0].token, greedy[0][0]);
+  EXPECT_TRUE(results[0][0].logprobs.empty());
+  EXPECT_GE(results[0][1].token, 0);
+  EXPECT_EQ(results[0][1].token, results[1][1].token);
+  ASSERT_EQ(results[0][1].logprobs.size(), 1u);
+  EXPECT_EQ(results[0][1].logprobs[0].top.size(), 3u);
+  EXPECT_TRUE(results[0][2].token == allowed[0] || results[0][2].token == allowed[1]) << results[0][2].token;
+}
+
+// The shapes of the 35B model on four layers, used the moment it is made: what loading left to the device must be done.
+TEST(CudaRunner, LargeShapesRightAfterLoading) {
+  compile::ModelConfig config = must(model::find_preset("qwen3.5-35b-a3b"));
+  config.layers.resize(4);
+  config.fp8_blocks = true;
+  const auto source = must(model::DummyWeights::create(config));
+  const compile::ModelGraph graph = must(model::build_graph(config));
+  CudaRunnerOptions options;
+  options.weights = DType::kFloat8E4M3;
+  options.kv_bytes = int64_t{16} << 30;  // takes the device a while to clear
+  options.max_model_length = 1 << 20;
+  options.max_sequences = 10;
+  std::vector<std::vector<int32_t>> prompts(10);
+  for (int32_t s = 0; s < 10; ++s) {
+    for (int32_t i = 0; i < 64; ++i) prompts[s].push_back((i * 7919 + s * 104729) % 248000);
+  }
+  const auto runner = must(CudaRunner::create(graph, *source, options));
+  EXPECT_TRUE(runner->decodes_fused());
+  const auto first = play(runner.get(), prompts, 4);
+  EXPECT_EQ(first, play(runner.get(), prompts, 4));
+  EXPECT_EQ(first[0].size(), 4u);
+}
+
+// The fused kernels against the ones for any number of tokens, on those shapes with bfloat16 weights.
+TEST(CudaRunner, FusedStepsEqualOthersOnLargeShapes) {
+  compile::ModelConfig config = must(model::find_preset("qwen3.5-35b-a3b"));
+  config.layers.resize(4);
+  const auto source = must(model::DummyWeights::create(config));
+  const compile::ModelGraph graph = must(model::build_graph(config));
+  const Case given = {{5, 7000, 140000, 248000, 99, 31337}, 3};
+  Output outputs[2];
+  for (const bool fused : {false, true}) {
+    CudaRunnerOptions options = cuda_options();
+    options.fused_decode = fused;
+    const auto runner = must(CudaRunner::create(graph, *source, options));
+    EXPECT_EQ(runner->decodes_fused(), fused);
+    outputs[fused] = run_one(runner.get(), given, 6);
+  }
+  std::vector<float> errors;
+  for (int64_t row = 0; row < 6; ++row) {
+    errors.push_back(relative_error(row_of(outputs[1], row, config.vocabulary_size),
+                                    row_of(outputs[0], row, config.vocabulary_size)));
+  }
+  std::sort(errors.begin(), errors.end());
+  EXPECT_LE(errors[2], kDenseTolerance) << "of the others: " << errors[0] << " to " << errors[5];
+}
+
+// One rank of a layout whose collectives are left out: to measure it, or not at all.
+TEST(CudaRunner, RunsOneRankAloneOnlyWhenAsked) {
+  compile::ModelConfig config = must(model::find_preset("qwen3.5-35b-a3b"));
+  config.layers.resize(4);
+  config.fp8_blocks = true;
+  const auto source = must(model::DummyWeights::create(config));
+  const compile::ModelGraph graph = must(model::build_graph(config, {.tensor_parallel = 2}));
+  CudaRunnerOptions options = cuda_options();
+  options.weights = DType::kFloat8E4M3;
+  options.rank = 1;
+  const auto refused = CudaRunner::create(graph, *source, options);
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.status().code(), StatusCode::kUnimplemented) << refused.status().message();
+  options.rank_only = true;
+  const auto runner = must(CudaRunner::create(graph, *source, options));
+  EXPECT_TRUE(runner->decodes_fused());
+  for (const auto& tokens : play(runner.get(), demo_prompts(2, 30), 5)) EXPECT_EQ(tokens.size(), 5u);
+}
+
+TEST(CudaRunner, ProfilesEveryWeightOfAStep) {
+  const auto runner = make_cuda_runner(test_model(random_directory("moe-a")), cuda_options());
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, pages = {0};
+  for (const size_t count : {size_t{1}, size_t{10}}) {
+    SequenceStep step;
+    step.tokens = std::span(tokens).first(count);
+    step.pages = pages;
+    step.sample = true;
+    step.sampling = &greedy;
+    std::vector<SequenceResult> results;
+    const std::vector<LaunchTime> launches = must(runner->profile({&step, 1}, &results));
+    EXPECT_GE(results[0].token, 0);
+    std::vector<double> shares(runner->program().operations.size(), 0);
+    for (const LaunchTime& launch : launches) {
+      EXPECT_GT(launch.seconds, 0);
+      for (const OperationPart& part : launch.parts) shares[part.operation] += part.share;
+    }
+    EXPECT_TRUE(launches.back().parts.empty());
+    for (size_t i = 0; i < shares.size(); ++i) {
+      const compile::Operation& op = runner->program().operations[i];
+      if (op.kind != compile::OpKind::kLinear && op.kind != compile::OpKind::kExperts) continue;
+      EXPECT_NEAR(shares[i], 1, 1e-9) << op.name;
+    }
+  }
+}
+
+TEST(CudaRunner, EveryAllocationOfALoadMayFail) {
+  const TestModel& model = test_model(random_directory("moe-a"));
+  { const auto warm_up = make_cuda_runner(model, cuda_options()); }  // the context and the libraries stay allocated
+  const int64_t free_before = free_device_memory();
+  int32_t n = 0;
+  for (bool loaded = false; !loaded && n < 100; ++n) {
+    fail_allocation(n);
+    const auto runner = CudaRunner::create(model.graph, *model.source, cuda_options());
+    fail_allocation(-1);
+    loaded = runner.ok();
+    if (loaded) break;
+    EXPECT_EQ(runner.status().code(), StatusCode::kResourceExhausted) << n << ": " << runner.status().message();
+    EXPECT_NE(runner.status().message().find(" for "), std::string::npos) << runner.status().message();
+  }
+  EXPECT_GE(n, 10);
+  EXPECT_LT(n, 100);
+  EXPECT_EQ(free_device_memory(), free_before);
+}
+
+// In a process of its own: a fault leaves the context unusable.
+int run_into_fault(bool debug_sync, const char* expected) {
+  CudaRunnerOptions options = cuda_options();
+  int told = 0;
+  options.debug_sync = debug_sync;
+  options.fault_after_launch = 5;
+  options.on_fault = [&](const Status&) { ++told; };
+  const auto runner = make_cuda_runner(test_model(demo_directory()), options);
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens = {1, 2, 3}, pages = {0};
+  SequenceStep step;
+  step.tokens = tokens;
+  step.pages = pages;
+  step.sample = true;
+  step.sampling = &greedy;
+  std::vector<SequenceResult> results;
+  Status status = runner->submit({&step, 1});
+  if (status.ok()) status = runner->wait(&results);
+  const Status again = runner->submit({&step, 1});
+  fprintf(stderr, "%s\n", status.message().c_str());
+  const bool as_promised = status.code() == StatusCode::kInternal && again.message() == status.message() && told == 1 &&
+                           status.message().find(expected) != std::string::npos;
+  return as_promised ? 7 : 8;
+}
+
+TEST(CudaRunnerDeathTest, AFaultEndsEveryStepAndIsToldOnce) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(std::_Exit(run_into_fault(false, "--debug-sync")), testing::ExitedWithCode(7), "a step of 1 sequences");
+}
+
+TEST(CudaRunnerDeathTest, WithDebugSyncAFaultNamesItsOperation) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(std::_Exit(run_into_fault(true, "operation ")), testing::ExitedWithCode(7), "of layer 0");
 }
 
 TEST(CudaRunner, RefusesWhatDoesNotFit) {

@@ -1,6 +1,7 @@
 // Causal attention over paged keys and values for many query rows: tiles of 64 (token, head of the group) rows per block,
 // blocks of 64 keys through shared memory, online softmax in registers.
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/tensor_core.cuh"
 
 namespace tokenspeed::kernels::cuda {
@@ -9,27 +10,6 @@ namespace {
 constexpr int kRows = 64;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-
-// Which query rows a block computes. Row r of a tile is token first_token + r / group, head r % group of its KV head.
-struct Tile {
-  int sequence;
-  int first_row;   // in the sequence's rows of (token, head)
-  int rows;        // of the sequence
-};
-
-// Tiles are numbered sequence by sequence; the launch has enough blocks for any division of the tokens.
-__device__ inline bool find_tile(const SequenceBatch& batch, int group, int index, Tile* tile) {
-  for (int s = 0; s < batch.sequences; ++s) {
-    const int rows = (batch.token_begin[s + 1] - batch.token_begin[s]) * group;
-    const int tiles = (rows + kRows - 1) / kRows;
-    if (index < tiles) {
-      *tile = {s, index * kRows, rows};
-      return true;
-    }
-    index -= tiles;
-  }
-  return false;
-}
 
 template <int kHeadDim>
 struct Shared {
@@ -97,9 +77,9 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(PagedAttention args
   const SequenceBatch& batch = args.batch;
   const int group = static_cast<int>(args.shape.query_heads / args.shape.kv_heads);
   const int kv_head = blockIdx.y;
-  Tile tile;
+  QueryTile tile;
   // Late tiles see the most keys: they start first.
-  if (!find_tile(batch, group, static_cast<int>(gridDim.x - 1 - blockIdx.x), &tile)) return;
+  if (!find_query_tile<kRows>(batch, group, static_cast<int>(gridDim.x - 1 - blockIdx.x), &tile)) return;
 
   const int first_token = batch.token_begin[tile.sequence];
   const int context = batch.context[tile.sequence];
@@ -227,7 +207,7 @@ void paged_attention(const PagedAttention& args, cudaStream_t stream) {
   switch (args.shape.head_dim) {
     case 64: return launch<64>(args, stream);
     case 128: return launch<128>(args, stream);
-    default: return launch<256>(args, stream);
+    default: return attends_by_warpgroups(args) ? warpgroup_attention(args, stream) : launch<256>(args, stream);
   }
 }
 

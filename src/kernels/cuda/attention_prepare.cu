@@ -1,4 +1,5 @@
-// Everything between the projections and the attention itself, fused and as separate steps: one warp per head of a token.
+// Everything between the projections and the attention itself, fused and as separate steps: one warp per head of a token,
+// a block has a few tokens and computes their angles once.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/device.cuh"
 
@@ -14,6 +15,7 @@ struct HeadValues {
 
   __device__ void load(const bf16* p) {
     p += threadIdx.x % kWarp * kPerLane;
+    if constexpr (kPerLane == 8) return load8(p, v);
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
       const float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p + i));
@@ -23,6 +25,7 @@ struct HeadValues {
   }
   __device__ void store(bf16* p) const {
     p += threadIdx.x % kWarp * kPerLane;
+    if constexpr (kPerLane == 8) return store8(p, v);
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) *reinterpret_cast<__nv_bfloat162*>(p + i) = __floats2bfloat162_rn(v[i], v[i + 1]);
   }
@@ -36,7 +39,7 @@ struct HeadValues {
     for (int i = 0; i < kPerLane; ++i) v[i] *= scale * (1.0f + weight[i]);
   }
   // Pairs (i, i + rotary_dim / 2); rotary_dim / 2 is a multiple of kPerLane, so a pair lies in two lanes at one index.
-  __device__ void rotate(int rotary_dim, const float* frequencies, int position) {
+  __device__ void rotate(int rotary_dim, const float2* turns) {
     const int half_lanes = rotary_dim / 2 / kPerLane;
     const int lane = threadIdx.x % kWarp;
     const int partner = lane < half_lanes ? lane + half_lanes : lane - half_lanes;
@@ -44,26 +47,34 @@ struct HeadValues {
     for (int i = 0; i < kPerLane; ++i) {
       const float other = __shfl_sync(~0u, v[i], partner & (kWarp - 1));
       if (lane >= 2 * half_lanes) continue;
-      float sine, cosine;
-      sincosf(position * frequencies[lane % half_lanes * kPerLane + i], &sine, &cosine);
-      sine = __bfloat162float(__float2bfloat16(sine));
-      cosine = __bfloat162float(__float2bfloat16(cosine));
-      v[i] = lane < half_lanes ? v[i] * cosine - other * sine : v[i] * cosine + other * sine;
+      const float2 turn = turns[lane % half_lanes * kPerLane + i];
+      v[i] = lane < half_lanes ? v[i] * turn.x - other * turn.y : v[i] * turn.x + other * turn.y;
     }
   }
 };
 
 constexpr int kMaxRotaryPairs = 128;
+constexpr int kBlockTokens = 4;
 
-// theta^(-2i / rotary_dim) of every pair, once per block: at long contexts a float32 exponential would be radians off.
-__device__ const float* pair_frequencies(int rotary_dim, float theta) {
+// Cosine and sine, rounded to bfloat16, of every pair at the positions of the block's tokens. The frequencies are computed
+// in double: at long contexts a float32 exponential would be radians off.
+__device__ const float2 (*turns_of(const int32_t* position, int64_t first_token, int64_t tokens, int rotary_dim,
+                                   float theta))[kMaxRotaryPairs] {
   __shared__ float frequencies[kMaxRotaryPairs];
-  const int pair = static_cast<int>(threadIdx.x);
-  if (pair < rotary_dim / 2) {
-    frequencies[pair] = 1.0f / static_cast<float>(pow(static_cast<double>(theta), 2.0 * pair / rotary_dim));
+  __shared__ float2 turns[kBlockTokens][kMaxRotaryPairs];
+  const int pairs = rotary_dim / 2;
+  if (static_cast<int>(threadIdx.x) < pairs) {
+    frequencies[threadIdx.x] = 1.0f / static_cast<float>(pow(static_cast<double>(theta), 2.0 * threadIdx.x / rotary_dim));
   }
   __syncthreads();
-  return frequencies;
+  for (int i = threadIdx.x; i < kBlockTokens * pairs; i += blockDim.x) {
+    const int64_t token = min(first_token + i / pairs, tokens - 1);
+    float sine, cosine;
+    sincosf(position[token] * frequencies[i % pairs], &sine, &cosine);
+    turns[i / pairs][i % pairs] = make_float2(__bfloat162float(__float2bfloat16(cosine)), __bfloat162float(__float2bfloat16(sine)));
+  }
+  __syncthreads();
+  return turns;
 }
 
 __device__ inline int64_t page_row(const SequenceBatch& batch, const KvPages& pages, int token) {
@@ -72,23 +83,18 @@ __device__ inline int64_t page_row(const SequenceBatch& batch, const KvPages& pa
   return static_cast<int64_t>(table[position / pages.page_size]) * pages.page_size + position % pages.page_size;
 }
 
+// One head of one token.
 template <int kPerLane>
-__global__ void prepare_kernel(AttentionPrepare args) {
+__device__ inline void prepare_head(const AttentionPrepare& args, int token, int head, const float2* turns) {
   constexpr int kHeadDim = kPerLane * kWarp;
   const int rotary_dim = static_cast<int>(args.shape.rotary_dim);
-  const float* frequencies = pair_frequencies(rotary_dim, args.shape.rope_theta);
   const int query_heads = static_cast<int>(args.shape.query_heads);
   const int kv_heads = static_cast<int>(args.shape.kv_heads);
-  const int heads = query_heads + 2 * kv_heads;
-  const int64_t index = blockIdx.x * int64_t{kWarpsPerBlock} + threadIdx.x / kWarp;
-  if (index >= static_cast<int64_t>(args.batch.tokens) * heads) return;
-  const int token = static_cast<int>(index / heads);
-  int head = static_cast<int>(index % heads);
   HeadValues<kPerLane> values;
   if (head < query_heads) {
     values.load(static_cast<const bf16*>(args.q_gate.data) + token * args.q_gate.stride + head * 2 * kHeadDim);
     values.norm(args.query_norm, args.epsilon);
-    values.rotate(rotary_dim, frequencies, args.batch.position[token]);
+    values.rotate(rotary_dim, turns);
     values.store(static_cast<bf16*>(args.query.data) + token * args.query.stride + head * kHeadDim);
     return;
   }
@@ -99,25 +105,41 @@ __global__ void prepare_kernel(AttentionPrepare args) {
   values.load(static_cast<const bf16*>(from.data) + token * from.stride + head * kHeadDim);
   if (is_key) {
     values.norm(args.key_norm, args.epsilon);
-    values.rotate(rotary_dim, frequencies, args.batch.position[token]);
+    values.rotate(rotary_dim, turns);
   }
   bf16* to = static_cast<bf16*>(is_key ? args.pages.keys : args.pages.values);
   values.store(to + (page_row(args.batch, args.pages, token) * kv_heads + head) * kHeadDim);
 }
 
 template <int kPerLane>
+__global__ void prepare_kernel(AttentionPrepare args) {
+  const int first_token = blockIdx.x * kBlockTokens;
+  const int tokens = args.batch.tokens;
+  const float2(*turns)[kMaxRotaryPairs] = turns_of(args.batch.position, first_token, tokens,
+                                                   static_cast<int>(args.shape.rotary_dim), args.shape.rope_theta);
+  const int heads = static_cast<int>(args.shape.query_heads + 2 * args.shape.kv_heads);
+  const int count = min(kBlockTokens, tokens - first_token) * heads;
+  for (int i = threadIdx.x / kWarp; i < count; i += kWarpsPerBlock) {
+    prepare_head<kPerLane>(args, first_token + i / heads, i % heads, turns[i / heads]);
+  }
+}
+
+template <int kPerLane>
 __global__ void rope_kernel(Rope args) {
   const int rotary_dim = static_cast<int>(args.shape.rotary_dim);
-  const float* frequencies = pair_frequencies(rotary_dim, args.shape.rope_theta);
+  const int64_t first_token = int64_t{blockIdx.x} * kBlockTokens;
+  const float2(*turns)[kMaxRotaryPairs] =
+      turns_of(args.position, first_token, args.tokens, rotary_dim, args.shape.rope_theta);
   const int heads = static_cast<int>(args.heads);
-  const int64_t index = blockIdx.x * int64_t{kWarpsPerBlock} + threadIdx.x / kWarp;
-  if (index >= args.tokens * heads) return;
-  const int64_t token = index / heads;
-  bf16* at = static_cast<bf16*>(args.x.data) + token * args.x.stride + index % heads * kPerLane * kWarp;
-  HeadValues<kPerLane> values;
-  values.load(at);
-  values.rotate(rotary_dim, frequencies, args.position[token]);
-  values.store(at);
+  const int64_t left = args.tokens - first_token;
+  const int count = static_cast<int>(left < kBlockTokens ? left : kBlockTokens) * heads;
+  for (int i = threadIdx.x / kWarp; i < count; i += kWarpsPerBlock) {
+    bf16* const at = static_cast<bf16*>(args.x.data) + (first_token + i / heads) * args.x.stride + i % heads * kPerLane * kWarp;
+    HeadValues<kPerLane> values;
+    values.load(at);
+    values.rotate(rotary_dim, turns[i / heads]);
+    values.store(at);
+  }
 }
 
 __global__ void split_kernel(SplitQueryGate args) {
@@ -173,7 +195,7 @@ void split_query_gate(const SplitQueryGate& args, cudaStream_t stream) {
 }
 
 void rope(const Rope& args, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(ceil_div(args.tokens * args.heads, kWarpsPerBlock));
+  const unsigned blocks = static_cast<unsigned>(ceil_div(args.tokens, kBlockTokens));
   switch (args.shape.head_dim) {
     case 64: rope_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
     case 128: rope_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
@@ -190,8 +212,7 @@ void sigmoid_multiply(const SigmoidMultiply& args, cudaStream_t stream) {
 }
 
 void attention_prepare(const AttentionPrepare& args, cudaStream_t stream) {
-  const int64_t heads = args.shape.query_heads + 2 * args.shape.kv_heads;
-  const unsigned blocks = static_cast<unsigned>(ceil_div(args.batch.tokens * heads, kWarpsPerBlock));
+  const unsigned blocks = static_cast<unsigned>(ceil_div(args.batch.tokens, kBlockTokens));
   switch (args.shape.head_dim) {
     case 64: prepare_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
     case 128: prepare_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/decode.h"
+#include "kernels/cuda/decode_stream.cuh"
 
 namespace tokenspeed::kernels::cuda {
 
@@ -28,49 +29,92 @@ struct Routing {
   int count;  // distinct experts
 };
 
-// Row t's logits are warp t's. Ties go to the lower id. kPerLane * 32 >= experts.
+// Descending, by a bitonic network.
+template <int kCount>
+__device__ __forceinline__ void sort_descending(uint64_t (&keys)[kCount]) {
+#pragma unroll
+  for (int size = 2; size <= kCount; size *= 2) {
+#pragma unroll
+    for (int step = size / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int j = i ^ step;
+        if (j < i) continue;
+        const bool descending = (i & size) == 0;
+        const uint64_t greater = max(keys[i], keys[j]);
+        const uint64_t smaller = min(keys[i], keys[j]);
+        keys[i] = descending ? greater : smaller;
+        keys[j] = descending ? smaller : greater;
+      }
+    }
+  }
+}
+
+// Row t's logits are warp t's. Ties go to the lower id. kPerLane * 32 >= experts. Every lane sorts its own logits, so a
+// choice is one comparison of the lanes' greatest.
 template <int kPerLane>
 __device__ inline void choose_experts(const RouterParameters& router, Routing& routing, int t) {
   const int lane = threadIdx.x % kWarp;
   const float* const logits = router.logits + t * router.stride;
-  uint32_t keys[kPerLane];
+  uint64_t keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * kWarp + lane;
-    keys[i] = expert < router.experts ? ordered_bits(logits[expert]) : 0;
+    const uint32_t order = expert < router.experts ? ordered_bits(__ldcg(logits + expert)) : 0;
+    keys[i] = static_cast<uint64_t>(order) << 32 | static_cast<uint32_t>(~expert);
   }
+  sort_descending(keys);
   float greatest = 0;
   float mine = 0;  // lane i: exp(logit of choice i - greatest)
   for (int choice = 0; choice < router.top_k; ++choice) {
-    uint32_t best[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) best[i] = keys[i];
-#pragma unroll
-    for (int width = kPerLane / 2; width > 0; width /= 2) {
-#pragma unroll
-      for (int i = 0; i < width; ++i) best[i] = max(best[i], best[i + width]);
-    }
-    const uint32_t key = __reduce_max_sync(~0u, best[0]);
-    int found = kDecodeExperts;
-#pragma unroll
-    for (int i = kPerLane - 1; i >= 0; --i) found = keys[i] == key ? i * kWarp + lane : found;
-    const int id = min(__reduce_min_sync(~0u, found), router.experts - 1);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (id == i * kWarp + lane) keys[i] = 0;
+    const auto head = static_cast<uint32_t>(keys[0] >> 32);
+    const uint32_t key = __reduce_max_sync(~0u, head);
+    const auto low = static_cast<uint32_t>(keys[0]);
+    bool chosen = head == key;
+    if (__popc(__ballot_sync(~0u, chosen)) > 1) {
+      chosen = chosen && low == __reduce_max_sync(~0u, chosen ? low : 0);
     }
     const float logit = __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
     if (choice == 0) greatest = logit;
     if (lane == choice) mine = __expf(logit - greatest);
-    if (lane == 0) routing.ids[t * router.top_k + choice] = id;
+    if (chosen) {
+      // A NaN among the logits leaves keys of no expert.
+      routing.ids[t * router.top_k + choice] = static_cast<int>(min(~low, static_cast<uint32_t>(router.experts - 1)));
+#pragma unroll
+      for (int i = 0; i + 1 < kPerLane; ++i) keys[i] = keys[i + 1];
+      keys[kPerLane - 1] = 0;
+    }
   }
   float sum = warp_sum(mine);
   if (!router.normalize) {
     sum = 0;
-    for (int i = lane; i < router.experts; i += kWarp) sum += __expf(logits[i] - greatest);
+    for (int i = lane; i < router.experts; i += kWarp) sum += __expf(__ldcg(logits + i) - greatest);
     sum = warp_sum(sum);
   }
   if (lane < router.top_k) routing.weights[t * router.top_k + lane] = mine / sum;
+}
+__device__ inline void choose_experts(const RouterParameters& router, Routing& routing, int t) {
+  if (router.experts <= 256) {
+    choose_experts<8>(router, routing, t);
+  } else {
+    choose_experts<kDecodeExperts / kWarp>(router, routing, t);
+  }
+}
+
+// One warp, one row: all choices are distinct.
+__device__ inline void route_one_row(const RouterParameters& router, Routing& routing) {
+  const int lane = threadIdx.x % kWarp;
+  choose_experts(router, routing, 0);
+  __syncwarp();
+  if (lane < router.top_k) {
+    const int id = routing.ids[lane];
+    routing.distinct[lane] = id;
+    routing.first_pair[id] = lane;
+    routing.index_of_pair[lane] = lane;
+    routing.slot[lane][0] = static_cast<int8_t>(lane);
+  }
+  if (lane == 0) routing.count = router.top_k;
+  __syncwarp();
 }
 
 // All threads of the block (at least kDecodeTokens warps); ends with a barrier. The order of `distinct` is that of
@@ -78,21 +122,15 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
 __device__ inline void route_rows(const RouterParameters& router, int rows, Routing& routing) {
   const int warp = threadIdx.x / kWarp;
   const int pairs = rows * router.top_k;
-  for (int i = threadIdx.x; i < router.experts; i += blockDim.x) routing.first_pair[i] = kRoutingPairs;
-  for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += blockDim.x) {
+  for (int i = threadIdx.x; i < router.experts; i += kStreamThreads) routing.first_pair[i] = kRoutingPairs;
+  for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += kStreamThreads) {
     reinterpret_cast<int*>(routing.slot)[i] = -1;
   }
-  if (warp < rows) {
-    if (router.experts <= 256) {
-      choose_experts<8>(router, routing, warp);
-    } else {
-      choose_experts<kDecodeExperts / kWarp>(router, routing, warp);
-    }
-  }
-  __syncthreads();
-  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x)
+  if (warp < rows) choose_experts(router, routing, warp);
+  stream_barrier();
+  for (int pair = threadIdx.x; pair < pairs; pair += kStreamThreads)
     atomicMin(&routing.first_pair[routing.ids[pair]], pair);
-  __syncthreads();
+  stream_barrier();
   if (warp == 0) {
     const int lane = threadIdx.x % kWarp;
     int count = 0;
@@ -114,7 +152,7 @@ __device__ inline void route_rows(const RouterParameters& router, int rows, Rout
     }
     if (lane == 0) routing.count = count;
   }
-  __syncthreads();
+  stream_barrier();
 }
 
 }  // namespace tokenspeed::kernels::cuda

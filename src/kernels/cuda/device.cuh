@@ -31,7 +31,7 @@ __device__ inline void store8(bf16* p, const float in[8]) {
   *reinterpret_cast<Bf16x8*>(p) = x;
 }
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ inline float silu(float x) { return x * sigmoid(x); }
 
 __device__ inline float warp_sum(float x) {

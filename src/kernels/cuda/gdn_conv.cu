@@ -26,60 +26,99 @@ __device__ inline float input_at(const CausalConv& args, int sequence, int first
   return __bfloat162float(static_cast<const bf16*>(args.qkv.data)[(first_token + index) * args.qkv.stride + channel]);
 }
 
-// Convolves kRun consecutive rows of one channel. With kNormalise a block's threads are whole heads (key_dim divides
-// the block), and q and k leave with unit length (q scaled by 1/sqrt(key_dim) too).
+constexpr int kPerLane = 4;  // consecutive channels; a warp has 128 of them, whole heads
+
+// kPerLane channels of one input row.
+__device__ inline uint2 inputs_at(const CausalConv& args, int sequence, int first_token, int64_t channel, int index) {
+  if (index >= 0) {
+    return *reinterpret_cast<const uint2*>(static_cast<const bf16*>(args.qkv.data) + (first_token + index) * args.qkv.stride +
+                                           channel);
+  }
+  const int slot = args.batch.state_in[sequence];
+  if (slot < 0) return uint2{};
+  return *reinterpret_cast<const uint2*>(conv_slot(args.state, slot) + (kHistory + index) * args.shape.channels() + channel);
+}
+
+__device__ inline void unpack(uint2 packed, float (&x)[kPerLane]) {
+  const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&packed.x));
+  const float2 high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&packed.y));
+  x[0] = low.x;
+  x[1] = low.y;
+  x[2] = high.x;
+  x[3] = high.y;
+}
+
+// Convolves kRun consecutive rows. With kNormalise q and k leave with unit length (q scaled by 1/sqrt(key_dim) too);
+// key_dim / kPerLane lanes hold a head.
 template <bool kNormalise>
 __global__ void __launch_bounds__(kThreads) conv_kernel(CausalConv args) {
-  const int64_t channel = blockIdx.y * int64_t{kThreads} + threadIdx.x;
+  const int64_t channel = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kPerLane;
   const bool active = channel < args.shape.channels();
   const int first_row = blockIdx.x * kRun;
   const int rows = min(kRun, args.batch.tokens - first_row);
-  float taps[kTaps] = {};
+  float taps[kPerLane][kTaps] = {};
+  uint2 inputs[kRun] = {};
   if (active) {
+    const bf16* const from = static_cast<const bf16*>(args.qkv.data) + first_row * args.qkv.stride + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) taps[j] = args.weight[channel * kTaps + j];
+    for (int i = 0; i < kRun; ++i) {
+      if (i < rows) inputs[i] = *reinterpret_cast<const uint2*>(from + i * args.qkv.stride);
+    }
+#pragma unroll
+    for (int c = 0; c < kPerLane; ++c) {
+      const float4 w = *reinterpret_cast<const float4*>(args.weight + (channel + c) * kTaps);
+      taps[c][0] = w.x;
+      taps[c][1] = w.y;
+      taps[c][2] = w.z;
+      taps[c][3] = w.w;
+    }
   }
   const int64_t key_columns = args.shape.key_heads * args.shape.key_dim;
-  const bool is_query = channel < key_columns;
-  const bool normalise = kNormalise && channel < 2 * key_columns;
-  const int key_dim = static_cast<int>(args.shape.key_dim);
+  const int head_lanes = static_cast<int>(args.shape.key_dim) / kPerLane;
+  const float query_scale = rsqrtf(static_cast<float>(args.shape.key_dim));
 
   int sequence = -1;
-  float window[kTaps] = {};
-  for (int i = 0; i < rows; ++i) {
+  float window[kTaps][kPerLane] = {};
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (i >= rows) break;
     const int row = first_row + i;
     const int row_sequence = args.batch.sequence[row];
-    const int first_token = args.batch.token_begin[row_sequence];
-    const int index = row - first_token;
-    float result = 0;
-    if (active) {
-      if (row_sequence != sequence) {
+    if (row_sequence != sequence && active) {
+      const int first_token = args.batch.token_begin[row_sequence];
 #pragma unroll
-        for (int j = 1; j < kTaps; ++j) window[j] = input_at(args, row_sequence, first_token, channel, index - kTaps + j);
+      for (int j = 1; j < kTaps; ++j) {
+        unpack(inputs_at(args, row_sequence, first_token, channel, row - first_token - kTaps + j), window[j]);
       }
-#pragma unroll
-      for (int j = 0; j < kTaps - 1; ++j) window[j] = window[j + 1];
-      window[kTaps - 1] = input_at(args, row_sequence, first_token, channel, index);
-#pragma unroll
-      for (int j = 0; j < kTaps; ++j) result += taps[j] * window[j];
-      result = silu(result);
     }
     sequence = row_sequence;
-    if constexpr (kNormalise) {
-      // Heads are key_dim consecutive threads: 32, 64 or 128 of them.
-      __shared__ float partial[kThreads / kWarp];
-      const float squares = warp_sum(result * result);
-      if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = squares;
-      __syncthreads();
-      if (normalise) {
-        const int first_warp = threadIdx.x / key_dim * (key_dim / kWarp);
-        float sum = 0;
-        for (int w = 0; w < key_dim / kWarp; ++w) sum += partial[first_warp + w];
-        result *= rsqrtf(sum + 1e-6f) * (is_query ? rsqrtf(static_cast<float>(key_dim)) : 1.0f);
-      }
-      __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kTaps - 1; ++j) {
+#pragma unroll
+      for (int c = 0; c < kPerLane; ++c) window[j][c] = window[j + 1][c];
     }
-    if (active) static_cast<bf16*>(args.out.data)[row * args.out.stride + channel] = __float2bfloat16(result);
+    unpack(inputs[i], window[kTaps - 1]);
+    float result[kPerLane] = {};
+    float squares = 0;
+#pragma unroll
+    for (int c = 0; c < kPerLane; ++c) {
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) result[c] += taps[c][j] * window[j][c];
+      result[c] = silu(result[c]);
+      squares += result[c] * result[c];
+    }
+    if constexpr (kNormalise) {
+      for (int offset = head_lanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+      const float length = rsqrtf(squares + 1e-6f) * (channel < key_columns ? query_scale : 1.0f);
+      const float scale = channel < 2 * key_columns ? length : 1.0f;
+#pragma unroll
+      for (int c = 0; c < kPerLane; ++c) result[c] *= scale;
+    }
+    if (!active) continue;
+    const __nv_bfloat162 low = __floats2bfloat162_rn(result[0], result[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(result[2], result[3]);
+    *reinterpret_cast<uint2*>(static_cast<bf16*>(args.out.data) + row * args.out.stride + channel) =
+        make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
   }
 }
 
@@ -130,7 +169,8 @@ __global__ void l2_norm_kernel(GdnL2Norm args) {
 template <bool kNormalise>
 void convolve(const CausalConv& args, cudaStream_t stream) {
   const unsigned channel_blocks = static_cast<unsigned>(ceil_div(args.shape.channels(), kThreads));
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.tokens, kRun)), channel_blocks);
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.tokens, kRun)),
+                  static_cast<unsigned>(ceil_div(args.shape.channels(), kThreads * kPerLane)));
   conv_kernel<kNormalise><<<grid, kThreads, 0, stream>>>(args);
   conv_state_kernel<<<dim3(channel_blocks, static_cast<unsigned>(args.batch.sequences)), kThreads, 0, stream>>>(args);
 }

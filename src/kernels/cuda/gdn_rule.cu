@@ -1,4 +1,6 @@
 // The delta rule token by token, and the mixer that strings the stages together.
+#include <climits>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/gdn_stages.cuh"
 #include "kernels/cuda/norm.h"
@@ -20,9 +22,10 @@ __device__ inline float row_sum(float x) {
 }
 
 template <int kKeyDim>
-__global__ void __launch_bounds__(kThreads) rule_kernel(GatedDeltaRule args) {
+__global__ void __launch_bounds__(kThreads) rule_kernel(GatedDeltaRule args, int limit) {
   constexpr int kPerLane = kKeyDim / kLanesPerRow;
   const int sequence = blockIdx.z;
+  if (args.batch.token_begin[sequence + 1] - args.batch.token_begin[sequence] >= limit) return;
   const int head = blockIdx.y;
   const int lane = threadIdx.x % kLanesPerRow;
   const int first_value = blockIdx.x * kBlockRows + static_cast<int>(threadIdx.x) / kLanesPerRow * kRowsPerLane;
@@ -87,22 +90,28 @@ __global__ void __launch_bounds__(kThreads) rule_kernel(GatedDeltaRule args) {
 constexpr int64_t kAlignment = 256;
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 int64_t conv_bytes(const GdnShape& shape, int64_t tokens) { return aligned(tokens * shape.channels() * 2); }
+bool has_chunks(const GdnShape& shape, int64_t tokens) {
+  return shape.key_dim == 128 && shape.value_dim == 128 && tokens >= kChunkedRuleTokens;
+}
 int64_t gate_bytes(const GdnShape& shape, int64_t tokens) { return aligned(tokens * shape.value_heads * 4); }
 
 }  // namespace
 
-void gated_delta_rule(const GatedDeltaRule& args, cudaStream_t stream) {
+void recurrent_rule(const GatedDeltaRule& args, int limit, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.shape.value_dim / kBlockRows), static_cast<unsigned>(args.shape.value_heads),
                   static_cast<unsigned>(args.batch.sequences));
   switch (args.shape.key_dim) {
-    case 32: rule_kernel<32><<<grid, kThreads, 0, stream>>>(args); break;
-    case 64: rule_kernel<64><<<grid, kThreads, 0, stream>>>(args); break;
-    default: rule_kernel<128><<<grid, kThreads, 0, stream>>>(args); break;
+    case 32: rule_kernel<32><<<grid, kThreads, 0, stream>>>(args, limit); break;
+    case 64: rule_kernel<64><<<grid, kThreads, 0, stream>>>(args, limit); break;
+    default: rule_kernel<128><<<grid, kThreads, 0, stream>>>(args, limit); break;
   }
 }
 
+void gated_delta_rule(const GatedDeltaRule& args, cudaStream_t stream) { recurrent_rule(args, INT_MAX, stream); }
+
 int64_t gdn_mixer_workspace_bytes(const GdnShape& shape, int64_t tokens) {
-  return conv_bytes(shape, tokens) + 2 * gate_bytes(shape, tokens);
+  return conv_bytes(shape, tokens) + 2 * gate_bytes(shape, tokens) +
+         (has_chunks(shape, tokens) ? chunked_rule_workspace_bytes(shape, tokens) : 0);
 }
 
 void gdn_mixer(const GdnMixer& args, cudaStream_t stream) {
@@ -113,7 +122,13 @@ void gdn_mixer(const GdnMixer& args, cudaStream_t stream) {
   float* decay = reinterpret_cast<float*>(workspace + conv_bytes(args.shape, tokens) + gate_bytes(args.shape, tokens));
   causal_conv_normalised({args.shape, args.batch, args.state, args.qkv, args.conv_weight, convolved}, stream);
   gdn_gates({tokens, args.shape.value_heads, args.b, args.a, args.a_log, args.dt_bias, beta, decay}, stream);
-  gated_delta_rule({args.shape, args.batch, args.state, convolved, beta, decay, args.out}, stream);
+  const GatedDeltaRule rule{args.shape, args.batch, args.state, convolved, beta, decay, args.out};
+  if (has_chunks(args.shape, tokens)) {
+    chunked_rule(rule, decay + gate_bytes(args.shape, tokens) / 4, stream);
+    if (args.batch.sequences > 1) recurrent_rule(rule, kChunkedRuleTokens, stream);
+  } else {
+    gated_delta_rule(rule, stream);
+  }
   gated_rms_norm({tokens, args.shape.value_heads, args.shape.value_dim, args.out, args.z, args.norm_weight, args.epsilon, args.out},
                  stream);
 }

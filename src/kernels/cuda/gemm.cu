@@ -1,62 +1,167 @@
+// 128 x 128 tiles, one block per multiprocessor walking over many of them. A warpgroup fetches: weights and contiguous
+// rows by the copy engine, gathered rows and scales by its threads. Two warpgroups multiply 64 rows each, add up in
+// registers and write through shared memory, so that rows leave in whole lines.
 #include "kernels/cuda/gemm.h"
 
-#include <cuda_fp8.h>
-
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/warpgroup.cuh"
 
 namespace tokenspeed::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 2 * kWarpgroup;
-constexpr int kRowBytes = 128;                       // of a tile along k
-constexpr int kTileBytes = kGemmTile * kRowBytes;    // one operand, one stage
-// FP8 keeps two sets of sums in registers, so one block has a multiprocessor for itself; two blocks share it otherwise.
-constexpr int stages(bool fp8) { return fp8 ? 6 : 3; }
-constexpr int shared_bytes(bool fp8) { return stages(fp8) * 2 * kTileBytes + 1024; }
-constexpr int kChunksPerThread = kGemmTile * 8 / kThreads;
-constexpr int kRaster = 8;                           // row tiles that share the weights' tiles in the L2 cache
+constexpr int kConsumers = 2;
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 56;
+// The block starts with the greatest multiple of 8 that all threads can have; consumers wait for what the others give.
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
+constexpr int kHalfTile = kGemmTile / 2;
+constexpr int kRowBytes = 128;  // of a tile along k
+constexpr int kHalfBytes = kHalfTile * kRowBytes;
+constexpr int kStages = 5;
+constexpr int kLag = 2;     // steps whose thread copies may be outstanding
+constexpr int kSlots = 8;   // tiles between producer and consumers: more than stages
+constexpr int kRaster = 8;  // row tiles that share the weights' tiles in the L2 cache
+constexpr int kOutPitch = kGemmTile * 2 + 16;  // bytes; eight rows' equal columns in different banks
+static_assert(kSlots > kStages, "a step may be a whole tile");
 
-// Both operands of one k step: each thread copies one 16-byte column of kChunksPerThread rows of a and of b.
-struct Loader {
-  const std::byte* a[kChunksPerThread];
-  const std::byte* b[kChunksPerThread];
-  uint32_t target;
-  int64_t k_bytes;
-
-  __device__ void load(uint32_t stage, int step) const {
-    const int64_t at = static_cast<int64_t>(step) * kRowBytes + threadIdx.x % 8 * 16;
-#pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) {
-      const uint32_t to = stage + target + i * (kThreads / 8) * kRowBytes;
-      const bool inside = at < k_bytes;
-      copy16_async(to, inside && a[i] ? a[i] + at : nullptr, inside && a[i] != nullptr);
-      copy16_async(to + kTileBytes, inside && b[i] ? b[i] + at : nullptr, inside && b[i] != nullptr);
-    }
-  }
+// What the producer finds out about a tile.
+struct Slot {
+  GemmTile tile;
+  int32_t column_tile;
+  int32_t to[kGemmTile];  // y's row of each row
 };
 
-__device__ inline bool find_tile(const TileGemm& args, int index, GemmTile* tile) {
-  if (args.tiles == nullptr) {
-    *tile = {0, index * kGemmTile, static_cast<int32_t>(args.rows)};
-    return true;
-  }
-  if (index >= *args.tile_count) return false;
-  *tile = args.tiles[index];
+struct Shared {
+  unsigned char a[kStages][2 * kHalfBytes];
+  unsigned char b[kStages][2 * kHalfBytes];
+  unsigned char out[kConsumers][kHalfTile][kOutPitch];
+  float a_scale[kStages][kGemmTile];
+  float b_scale[kStages][4];  // of the two halves of the columns
+  Slot slots[kSlots];
+  alignas(8) uint64_t full[kStages];
+  alignas(8) uint64_t empty[kStages];
+};
+
+__device__ inline int count_row_tiles(const TileGemm& args) {
+  return args.tiles ? *args.tile_count : static_cast<int>((args.rows + kGemmTile - 1) / kGemmTile);
+}
+
+// A tile and what the producer's thread i knows of its row i.
+struct Place {
+  GemmTile tile;
+  int column_tile;
+  int from;  // a_rows' entry
+  int to;
+};
+
+// Tile number `index`: bands of kRaster row tiles, in each the columns one after the other.
+__device__ inline bool find_tile(const TileGemm& args, int index, int row_tiles, int column_tiles, Place* place) {
+  if (index >= row_tiles * column_tiles) return false;
+  const int band = index / (kRaster * column_tiles);
+  const int band_rows = min(kRaster, row_tiles - band * kRaster);
+  const int in_band = index - band * kRaster * column_tiles;
+  const int row_tile = band * kRaster + in_band % band_rows;
+  place->column_tile = in_band / band_rows;
+  place->tile = args.tiles ? args.tiles[row_tile] : GemmTile{0, row_tile * kGemmTile, static_cast<int32_t>(args.rows)};
   return true;
 }
-
-// Row of one weight that is column `column` of the tile: with swiglu the first half are gate rows, the second up rows.
-template <bool kSwiGlu>
-__device__ inline int64_t weight_row(const TileGemm& args, int column_tile, int column) {
-  if constexpr (!kSwiGlu) return static_cast<int64_t>(column_tile) * kGemmTile + column;
-  const int half = kGemmTile / 2;
-  return static_cast<int64_t>(column_tile) * half + column % half + (column >= half ? args.n / 2 : 0);
+__device__ inline void find_row(const TileGemm& args, int thread, Place* place) {
+  const int row = min(place->tile.first + thread, place->tile.end - 1);
+  place->from = args.a_rows ? args.a_rows[row] : row;
+  place->to = args.y_rows ? args.y_rows[row] : row;
 }
 
+// The weight's row that is the first of half `half` of the tile's columns: with swiglu gate and up rows.
 template <bool kSwiGlu>
-__device__ inline bool is_weight_row(const TileGemm& args, int column_tile, int column) {
-  if constexpr (!kSwiGlu) return static_cast<int64_t>(column_tile) * kGemmTile + column < args.n;
-  return static_cast<int64_t>(column_tile) * (kGemmTile / 2) + column % (kGemmTile / 2) < args.n / 2;
+__device__ inline int64_t first_weight_row(const TileGemm& args, int column_tile, int half) {
+  if constexpr (kSwiGlu) return int64_t{column_tile} * kHalfTile + half * (args.n / 2);
+  return int64_t{column_tile} * kGemmTile + half * kHalfTile;
+}
+
+template <bool kFp8, bool kSwiGlu, bool kGather>
+__device__ inline void produce(const TileGemm& args, const CUtensorMap& a_map, const CUtensorMap& b_map, Shared& shared,
+                               int column_tiles, int group_rows) {
+  constexpr int kElement = kFp8 ? 1 : 2;
+  constexpr int kStepColumns = kRowBytes / kElement;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int lane = thread % kWarp;
+  const int64_t k_bytes = args.k * kElement;
+  const int steps = static_cast<int>((k_bytes + kRowBytes - 1) / kRowBytes);
+  const int row_tiles = count_row_tiles(args);
+  int done = 0;  // steps over all tiles
+  // The next tile is looked up while this one is fetched: its rows are two dependent loads away.
+  Place next;
+  bool more = find_tile(args, blockIdx.x, row_tiles, column_tiles, &next);
+  if (more) find_row(args, thread, &next);
+  for (int number = 0; more; ++number) {
+    const GemmTile tile = next.tile;
+    const int column_tile = next.column_tile;
+    const int from = args.a_rows ? next.from / args.a_divisor : next.from;
+    Slot& slot = shared.slots[number % kSlots];
+    slot.to[thread] = next.to;
+    if (thread == 0) {
+      slot.tile = tile;
+      slot.column_tile = column_tile;
+    }
+    const float* scale = nullptr;
+    const float* block_scale = nullptr;
+    if constexpr (kFp8) {
+      scale = args.a_scale + static_cast<int64_t>(from) * steps;
+      block_scale = args.b_scale + tile.group * args.b_scale_group_stride +
+                    first_weight_row<kSwiGlu>(args, column_tile, thread % 2) / 128 * steps;
+    }
+    const bool both_halves = tile.end - tile.first > kHalfTile;
+    uint32_t pieces[8];  // of 16 bytes, from the beginning of a to this lane's columns of eight rows
+    if constexpr (kGather) {
+      const uint32_t row_pieces = static_cast<uint32_t>(args.a_stride * kElement / 16);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) pieces[i] = __shfl_sync(~0u, from, 4 * i + lane / 8) * row_pieces + lane % 8;
+    }
+    for (int step = 0; step < steps; ++step, ++done) {
+      const int s = done % kStages;
+      const uint32_t full = shared_address(&shared.full[s]);
+      barrier_wait(shared_address(&shared.empty[s]), (done / kStages + 1) % 2);
+      if (thread == 0) {
+        const int a_halves = kGather ? 0 : both_halves ? 2 : 1;
+        barrier_arrive_expecting(full, (a_halves + 2) * kHalfBytes);
+        for (int half = 0; half < a_halves; ++half) {
+          tile_copy(shared_address(shared.a[s]) + half * kHalfBytes, a_map, tile.first + half * kHalfTile, step * kStepColumns, full);
+        }
+        for (int half = 0; half < 2; ++half) {
+          const int64_t weight_row = int64_t{tile.group} * group_rows + first_weight_row<kSwiGlu>(args, column_tile, half);
+          tile_copy(shared_address(shared.b[s]) + half * kHalfBytes, b_map, static_cast<int>(weight_row), step * kStepColumns, full);
+        }
+      }
+      if constexpr (kGather) {
+        const uint32_t to = shared_address(shared.a[s]) + thread / kWarp * 32 * kRowBytes;
+        const bool inside = step * kRowBytes + lane % 8 * 16 < k_bytes;
+        const uint4* const a = static_cast<const uint4*>(args.a) + step * (kRowBytes / 16);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) copy16_async(to + swizzled<kRowBytes>(4 * i + lane / 8, lane % 8), a + pieces[i], inside);
+      }
+      if constexpr (kFp8) {
+        copy4_async(shared_address(&shared.a_scale[s][thread]), scale + step);
+        if (thread < 2) copy4_async(shared_address(&shared.b_scale[s][thread]), block_scale + step);
+      }
+      commit_copies();
+      if (step == 0) {
+        more = find_tile(args, blockIdx.x + (number + 1) * gridDim.x, row_tiles, column_tiles, &next);
+      }
+      if (step == min(1, steps - 1) && more) find_row(args, thread, &next);
+      if (done >= kLag) {
+        wait_copies<kLag>();
+        if constexpr (kGather) publish_shared();
+        barrier_arrive(shared_address(&shared.full[(done - kLag) % kStages]));
+      }
+    }
+  }
+  wait_copies<0>();
+  if constexpr (kGather) publish_shared();
+  for (int step = max(0, done - kLag); step < done; ++step) barrier_arrive(shared_address(&shared.full[step % kStages]));
 }
 
 __device__ inline void store_pair(const TileGemm& args, int64_t row, int64_t column, int64_t columns, float x, float y) {
@@ -68,187 +173,181 @@ __device__ inline void store_pair(const TileGemm& args, int64_t row, int64_t col
     return;
   }
   __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(args.y) + at);
-  if (args.accumulate) {
-    const float2 old = __bfloat1622float2(*out);
-    x += old.x;
-    y += old.y;
-  }
-  *out = __floats2bfloat162_rn(x, y);
+  const float2 old = __bfloat1622float2(*out);
+  *out = __floats2bfloat162_rn(x + old.x, y + old.y);
 }
 
+// This warpgroup's 64 rows of a tile to y.
 template <bool kSwiGlu>
-__device__ inline void store_tile(const TileGemm& args, const GemmTile& tile, int column_tile, const float (&d)[kAccumulators]) {
-  const int lane = threadIdx.x % kWarp;
+__device__ inline void store_tile(const TileGemm& args, const Slot& slot, Shared& shared, float (&d)[kAccumulators]) {
+  constexpr int kGroups = kSwiGlu ? kAccumulators / 8 : kAccumulators / 4;  // of 8 columns
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int lane = thread % kWarp;
+  if constexpr (kSwiGlu) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = tile.first + static_cast<int>(threadIdx.x) / kWarp * 16 + lane / 4 + 8 * i;
-    if (row >= tile.end) continue;
-    const int64_t to = args.y_rows ? args.y_rows[row] : row;
-    constexpr int kGroups = kSwiGlu ? kAccumulators / 8 : kAccumulators / 4;
-    const int64_t columns = kSwiGlu ? args.n / 2 : args.n;
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const int64_t column = static_cast<int64_t>(column_tile) * (kGroups * 8) + j * 8 + lane % 4 * 2;
-      if (column >= columns) continue;
-      float x = d[4 * j + 2 * i];
-      float y = d[4 * j + 2 * i + 1];
-      if constexpr (kSwiGlu) {
-        x = silu(x) * d[4 * (j + kGroups) + 2 * i];
-        y = silu(y) * d[4 * (j + kGroups) + 2 * i + 1];
-      }
-      store_pair(args, to, column, columns, x, y);
-    }
+    for (int i = 0; i < kAccumulators / 2; ++i) d[i] = silu(d[i]) * d[i + kAccumulators / 2];
   }
-}
-
-template <bool kFp8, bool kSwiGlu>
-__global__ void __launch_bounds__(kThreads, kFp8 ? 1 : 2) tile_gemm_kernel(TileGemm args, int row_tiles, int column_tiles) {
-  constexpr int kStages = stages(kFp8);
-  extern __shared__ unsigned char memory[];
-  const uint32_t shared = (shared_address(memory) + 1023) & ~1023u;
-
-  // Blocks walk kRaster row tiles before they move on to the next columns.
-  const int band = static_cast<int>(blockIdx.x) / (kRaster * column_tiles);
-  const int band_rows = min(kRaster, row_tiles - band * kRaster);
-  const int in_band = static_cast<int>(blockIdx.x) - band * kRaster * column_tiles;
-  const int column_tile = in_band / band_rows;
-  GemmTile tile;
-  if (!find_tile(args, band * kRaster + in_band % band_rows, &tile)) return;
-
-  constexpr int kElement = kFp8 ? 1 : 2;
-  Loader loader;
-  loader.k_bytes = args.k * kElement;
-  loader.target = swizzled<kRowBytes>(threadIdx.x / 8, threadIdx.x % 8);
-  const std::byte* b = static_cast<const std::byte*>(args.b) + tile.group * args.b_group_stride;
-#pragma unroll
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int in_tile = static_cast<int>(threadIdx.x) / 8 + i * (kThreads / 8);
-    const int row = tile.first + in_tile;
-    loader.a[i] = nullptr;
-    if (row < tile.end) {
-      const int64_t from = args.a_rows ? args.a_rows[row] / args.a_divisor : row;
-      loader.a[i] = static_cast<const std::byte*>(args.a) + from * args.a_stride * kElement;
-    }
-    loader.b[i] = is_weight_row<kSwiGlu>(args, column_tile, in_tile)
-                      ? b + weight_row<kSwiGlu>(args, column_tile, in_tile) * loader.k_bytes
-                      : nullptr;
-  }
-
-  const int steps = static_cast<int>((loader.k_bytes + kRowBytes - 1) / kRowBytes);
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) loader.load(shared + s * 2 * kTileBytes, s);
-    commit_copies();
-  }
-
-  // FP8: scales of this thread's two rows and of the weights' blocks.
-  const int lane = threadIdx.x % kWarp;
-  const float* a_scale[2] = {};
-  const float* b_scale[2] = {};
-  if constexpr (kFp8) {
+  const int64_t columns = kSwiGlu ? args.n / 2 : args.n;
+  const int64_t first_column = int64_t{slot.column_tile} * (kGroups * 8);
+  const int rows = min(kHalfTile, slot.tile.end - slot.tile.first - warpgroup * kHalfTile);
+  const int first_row = thread / kWarp * 16 + lane / 4;
+  if (args.y_dtype == DType::kFloat32 || args.accumulate) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = min(tile.first + static_cast<int>(threadIdx.x) / kWarp * 16 + lane / 4 + 8 * i, tile.end - 1);
-      const int64_t from = args.a_rows ? args.a_rows[row] / args.a_divisor : row;
-      a_scale[i] = args.a_scale + from * steps;
-      const int64_t block = weight_row<kSwiGlu>(args, column_tile, i * (kGemmTile / 2)) / 128;
-      b_scale[i] = args.b_scale + tile.group * args.b_scale_group_stride + block * steps;
-    }
-  }
-
-  const int warpgroup = threadIdx.x / kWarpgroup;
-  float total[kAccumulators];
-  float part[kFp8 ? kAccumulators : 1];
+      if (first_row + 8 * i >= rows) continue;
+      const int64_t to = slot.to[warpgroup * kHalfTile + first_row + 8 * i];
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) total[i] = 0;
-  for (int step = 0; step < steps; ++step) {
-    float scales[2][2];
-    if constexpr (kFp8) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) scales[i][j] = a_scale[i][step] * b_scale[j][step];
+      for (int j = 0; j < kGroups; ++j) {
+        const int64_t column = first_column + j * 8 + lane % 4 * 2;
+        if (column < columns) store_pair(args, to, column, columns, d[4 * j + 2 * i], d[4 * j + 2 * i + 1]);
       }
     }
-    wait_copies<kStages - 2>();
-    publish_shared();
-    __syncthreads();
-    if (step + kStages - 1 < steps) {
-      loader.load(shared + (step + kStages - 1) % kStages * 2 * kTileBytes, step + kStages - 1);
-    }
-    commit_copies();
-    const uint32_t stage = shared + step % kStages * 2 * kTileBytes;
-    const uint64_t a_tile = tile_descriptor(stage + warpgroup * (kTileBytes / 2));
-    const uint64_t b_tile = tile_descriptor(stage + kTileBytes);
-    warpgroup_begin();
+    return;
+  }
+  // Every warp reads back the 16 rows it wrote itself.
+  unsigned char* const out = &shared.out[warpgroup][thread / kWarp * 16][0];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kFp8) {
-        multiply_fp8(part, a_tile + 2 * i, b_tile + 2 * i, i > 0);
-      } else {
-        multiply_bf16(total, a_tile + 2 * i, b_tile + 2 * i, true);
-      }
-    }
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    if constexpr (kFp8) {
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < kAccumulators; ++i) total[i] += part[i] * scales[i / 2 % 2][i >= kAccumulators / 2];
+    for (int j = 0; j < kGroups; ++j) {
+      *reinterpret_cast<uint32_t*>(out + (lane / 4 + 8 * i) * kOutPitch + j * 16 + lane % 4 * 4) =
+          pack_bf16(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]);
     }
   }
-  store_tile<kSwiGlu>(args, tile, column_tile, total);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kGroups / 2; ++i) {
+    const int piece = i * kWarp + lane;
+    const int row = piece / kGroups;
+    const int64_t column = first_column + piece % kGroups * 8;
+    const int in_half = thread / kWarp * 16 + row;
+    if (in_half >= rows || column >= columns) continue;
+    const uint4 value = *reinterpret_cast<const uint4*>(out + row * kOutPitch + piece % kGroups * 16);
+    *reinterpret_cast<uint4*>(static_cast<bf16*>(args.y) + slot.to[warpgroup * kHalfTile + in_half] * args.y_stride + column) = value;
+  }
+  __syncwarp();
 }
 
 template <bool kFp8, bool kSwiGlu>
-void launch(const TileGemm& args, cudaStream_t stream) {
-  const int64_t row_tiles = args.tiles ? args.max_tiles : ceil_div(args.rows, kGemmTile);
-  const int64_t column_tiles = ceil_div(args.n, kGemmTile);
-  constexpr int kSharedBytes = shared_bytes(kFp8);
-  cudaFuncSetAttribute(tile_gemm_kernel<kFp8, kSwiGlu>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  tile_gemm_kernel<kFp8, kSwiGlu><<<static_cast<unsigned>(row_tiles * column_tiles), kThreads, kSharedBytes, stream>>>(
-      args, static_cast<int>(row_tiles), static_cast<int>(column_tiles));
+__device__ inline void consume(const TileGemm& args, Shared& shared, int column_tiles) {
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = static_cast<int>(threadIdx.x) % (2 * kWarpgroup) / kWarp * 16 + lane / 4;
+  const int steps = static_cast<int>((args.k * (kFp8 ? 1 : 2) + kRowBytes - 1) / kRowBytes);
+  const int row_tiles = count_row_tiles(args);
+  int done = 0;
+  const auto release = [&](int step) {
+    if (lane == 0) barrier_arrive(shared_address(&shared.empty[step % kStages]));
+  };
+  for (int number = 0; static_cast<int>(blockIdx.x + number * gridDim.x) < row_tiles * column_tiles; ++number) {
+    const Slot& slot = shared.slots[number % kSlots];
+    barrier_wait(shared_address(&shared.full[done % kStages]), done / kStages % 2);
+    if (slot.tile.end - slot.tile.first <= warpgroup * kHalfTile) {
+      for (int step = 0; step < steps; ++step, ++done) {
+        barrier_wait(shared_address(&shared.full[done % kStages]), done / kStages % 2);
+        __syncwarp();
+        release(done);
+      }
+      continue;
+    }
+    float total[kAccumulators];
+    float part[kFp8 ? kAccumulators : 1];
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) total[i] = 0;
+    for (int step = 0; step < steps; ++step, ++done) {
+      const int s = done % kStages;
+      barrier_wait(shared_address(&shared.full[s]), done / kStages % 2);
+      const uint64_t a_tile = tile_descriptor(shared_address(shared.a[s]) + warpgroup * kHalfBytes);
+      const uint64_t b_tile = tile_descriptor(shared_address(shared.b[s]));
+      warpgroup_begin();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kFp8) {
+          multiply_fp8(part, a_tile + 2 * i, b_tile + 2 * i, i > 0);
+        } else {
+          multiply_bf16(total, a_tile + 2 * i, b_tile + 2 * i, true);
+        }
+      }
+      warpgroup_commit();
+      if constexpr (kFp8) {
+        float scales[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) scales[i][j] = shared.a_scale[s][row + 8 * i] * shared.b_scale[s][j];
+        }
+        warpgroup_wait<0>();
+        settle(part);
+        release(done);
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) total[i] += part[i] * scales[i / 2 % 2][i >= kAccumulators / 2];
+      } else {
+        // The products before this one are complete: their stage is free.
+        warpgroup_wait<1>();
+        if (step > 0) release(done - 1);
+      }
+    }
+    if constexpr (!kFp8) {
+      warpgroup_wait<0>();
+      settle(total);
+      release(done - 1);
+    }
+    store_tile<kSwiGlu>(args, slot, shared, total);
+  }
 }
 
-constexpr int kBlockColumns = 128;
-constexpr int kQuantizeThreads = 256;
-constexpr float kGreatestFp8 = 448.0f;
-
-// 16 threads hold the 128 columns that share a scale.
-__global__ void quantize_kernel(const bf16* x, int64_t x_stride, int64_t rows, int64_t columns, uint2* out, float* scale) {
-  const int64_t index = blockIdx.x * int64_t{kQuantizeThreads} + threadIdx.x;
-  const int64_t row = min(index / (columns / 8), rows - 1);
-  const int64_t column = index % (columns / 8) * 8;
-  float v[8];
-  load8(x + row * x_stride + column, v);
-  float greatest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) greatest = fmaxf(greatest, fabsf(v[i]));
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, offset));
-  if (index >= rows * (columns / 8)) return;
-  const float factor = greatest > 0 ? kGreatestFp8 / greatest : 0.0f;
-  alignas(8) __nv_fp8x2_storage_t packed[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    packed[i] = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i] * factor, v[2 * i + 1] * factor), __NV_SATFINITE, __NV_E4M3);
+template <bool kFp8, bool kSwiGlu, bool kGather>
+__global__ void __launch_bounds__(kThreads, 1)
+    tile_gemm_kernel(TileGemm args, const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                     int column_tiles, int group_rows) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(shared_address(&shared.full[s]), kWarpgroup + 1);
+      barrier_init(shared_address(&shared.empty[s]), kConsumers * kWarpgroup / kWarp);
+    }
   }
-  out[index] = *reinterpret_cast<const uint2*>(packed);
-  if (column % kBlockColumns == 0) scale[row * (columns / kBlockColumns) + column / kBlockColumns] = greatest / kGreatestFp8;
+  publish_barriers();
+  __syncthreads();
+  if (threadIdx.x >= kConsumers * kWarpgroup) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    produce<kFp8, kSwiGlu, kGather>(args, a_map, b_map, shared, column_tiles, group_rows);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    consume<kFp8, kSwiGlu>(args, shared, column_tiles);
+  }
+}
+
+template <bool kFp8, bool kSwiGlu, bool kGather>
+void launch(const TileGemm& args, cudaStream_t stream) {
+  constexpr int kElement = kFp8 ? 1 : 2;
+  constexpr DType kType = kFp8 ? DType::kFloat8E4M3 : DType::kBFloat16;
+  const int64_t row_tiles = args.tiles ? args.max_tiles : ceil_div(args.rows, kGemmTile);
+  const int64_t column_tiles = ceil_div(args.n, kGemmTile);
+  const int64_t group_rows = args.groups > 1 ? args.b_group_stride / (args.k * kElement) : args.n;
+  const int64_t blocks = row_tiles * column_tiles < multiprocessors() ? row_tiles * column_tiles : multiprocessors();
+  const CUtensorMap b_map = tensor_map(args.b, kType, (args.groups - 1) * group_rows + args.n, args.k, args.k * kElement,
+                                       kHalfTile, kRowBytes / kElement);
+  const CUtensorMap a_map = kGather ? b_map
+                                    : tensor_map(args.a, kType, args.rows, args.k, args.a_stride * kElement, kHalfTile,
+                                                 kRowBytes / kElement);
+  cudaFuncSetAttribute(tile_gemm_kernel<kFp8, kSwiGlu, kGather>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  tile_gemm_kernel<kFp8, kSwiGlu, kGather><<<static_cast<unsigned>(blocks), kThreads, sizeof(Shared), stream>>>(
+      args, a_map, b_map, static_cast<int>(column_tiles), static_cast<int>(group_rows));
 }
 
 }  // namespace
 
 void tile_gemm(const TileGemm& args, cudaStream_t stream) {
+  const bool gather = args.a_rows != nullptr;
   if (args.dtype == DType::kFloat8E4M3) {
-    args.swiglu ? launch<true, true>(args, stream) : launch<true, false>(args, stream);
-  } else {
-    args.swiglu ? launch<false, true>(args, stream) : launch<false, false>(args, stream);
+    if (args.swiglu) return gather ? launch<true, true, true>(args, stream) : launch<true, true, false>(args, stream);
+    return launch<true, false, false>(args, stream);
   }
-}
-
-void quantize_rows(const void* x, int64_t x_stride, int64_t rows, int64_t columns, void* out, float* scale, cudaStream_t stream) {
-  quantize_kernel<<<static_cast<unsigned>(ceil_div(rows * columns / 8, kQuantizeThreads)), kQuantizeThreads, 0, stream>>>(
-      static_cast<const bf16*>(x), x_stride, rows, columns, static_cast<uint2*>(out), scale);
+  if (args.swiglu) return gather ? launch<false, true, true>(args, stream) : launch<false, true, false>(args, stream);
+  launch<false, false, false>(args, stream);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -21,7 +21,7 @@ struct GemmTile {
 
 // y[r] = a[r] b_g^T for the rows r of group g, or with swiglu silu(gate) * up of its two halves of columns.
 // FP8: both operands float8_e4m3, a_scale per row and 128 columns, b_scale per 128 x 128 block, k a multiple of 128,
-// fp32 sums scaled every 128 columns. bfloat16: k a multiple of 8. Bits of a row do not depend on the other rows.
+// fp32 sums scaled every 128 columns. bfloat16: k and n multiples of 8. All rows begin at 16 bytes. Bits of a row do not depend on the other rows.
 struct TileGemm {
   DType dtype = DType::kBFloat16;  // of a and b
   int64_t n = 0;                   // rows of one b (with swiglu both halves)
@@ -29,10 +29,11 @@ struct TileGemm {
   const void* a = nullptr;
   int64_t a_stride = 0;             // elements
   const float* a_scale = nullptr;   // [rows, k / 128]
-  const int32_t* a_rows = nullptr;  // row r is a's row a_rows[r] / a_divisor; null: r
+  const int32_t* a_rows = nullptr;  // row r is a's row a_rows[r] / a_divisor; null: r. Only with swiglu
   int32_t a_divisor = 1;
   const void* b = nullptr;
-  int64_t b_group_stride = 0;  // bytes
+  int64_t groups = 1;
+  int64_t b_group_stride = 0;  // bytes, a multiple of k elements
   const float* b_scale = nullptr;
   int64_t b_scale_group_stride = 0;  // elements
   const GemmTile* tiles = nullptr;   // [max_tiles] in device memory; null: one group of `rows` rows

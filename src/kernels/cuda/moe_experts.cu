@@ -1,6 +1,9 @@
 // Routed experts for many rows: sort the (row, expert) pairs by expert, two grouped products, one weighted sum.
+#include <cooperative_groups.h>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/mlp.h"
 
 namespace tokenspeed::kernels::cuda {
@@ -8,6 +11,7 @@ namespace {
 
 constexpr int kSortThreads = 1024;
 constexpr int kMaxExperts = 512;
+constexpr int kSortBlocks = 8;  // a cluster of this many when there is enough for each
 constexpr int kSumThreads = 256;
 
 constexpr int64_t kAlignment = 256;
@@ -44,60 +48,74 @@ struct Workspace {
   }
 };
 
-// One block. Pairs of one expert come in no particular order: each row's result is the same anywhere.
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const int32_t* ids, int pairs, int experts, int32_t* sorted,
-                                                            GemmTile* tiles, int32_t* tile_count) {
-  __shared__ int count[kMaxExperts];
-  __shared__ int begin[kMaxExperts];
-  __shared__ int tile_begin[kMaxExperts];
-  __shared__ int warp_rows[kMaxExperts / kWarp];
-  __shared__ int warp_tiles[kMaxExperts / kWarp];
+// Inclusive sums over the block's first kMaxExperts threads of two values at once; all threads must call.
+__device__ inline int2 sums_until(int2 value) {
+  __shared__ int2 warps[kMaxExperts / kWarp];
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kMaxExperts) count[thread] = 0;
-  __syncthreads();
-  for (int i = thread; i < pairs; i += kSortThreads) {
-    const int expert = ids[i];
-    if (expert >= 0 && expert < experts) atomicAdd(&count[expert], 1);
-  }
-  __syncthreads();
-
-  // Exclusive prefix sums of rows and tiles over the experts.
-  const int rows = thread < kMaxExperts ? count[thread] : 0;
-  const int own_tiles = (rows + kGemmTile - 1) / kGemmTile;
-  int row_sum = rows;
-  int tile_sum = own_tiles;
   const int lane = thread % kWarp;
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int a = __shfl_up_sync(~0u, row_sum, offset);
-    const int b = __shfl_up_sync(~0u, tile_sum, offset);
+    const int x = __shfl_up_sync(~0u, value.x, offset);
+    const int y = __shfl_up_sync(~0u, value.y, offset);
     if (lane >= offset) {
-      row_sum += a;
-      tile_sum += b;
+      value.x += x;
+      value.y += y;
     }
   }
-  if (thread < kMaxExperts && lane == kWarp - 1) {
-    warp_rows[thread / kWarp] = row_sum;
-    warp_tiles[thread / kWarp] = tile_sum;
-  }
+  if (thread < kMaxExperts && lane == kWarp - 1) warps[thread / kWarp] = value;
   __syncthreads();
   if (thread < kMaxExperts) {
     for (int w = 0; w < thread / kWarp; ++w) {
-      row_sum += warp_rows[w];
-      tile_sum += warp_tiles[w];
+      value.x += warps[w].x;
+      value.y += warps[w].y;
     }
-    begin[thread] = row_sum - rows;
-    tile_begin[thread] = tile_sum - own_tiles;
-    count[thread] = row_sum - rows;  // from here on the next free place
-    for (int i = 0; i < own_tiles; ++i) {
-      tiles[tile_begin[thread] + i] = {thread, begin[thread] + i * kGemmTile, begin[thread] + rows};
-    }
-    if (thread == kMaxExperts - 1) *tile_count = tile_sum;
   }
+  return value;
+}
+
+// One cluster; each block counts and places its share of the pairs. Pairs of one expert come in no particular order: each
+// row's result is the same anywhere.
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(const int32_t* ids, int pairs, int experts, int32_t* sorted,
+                                                            GemmTile* tiles, int32_t* tile_count) {
+  __shared__ int count[kMaxExperts];  // read by the other blocks
+  __shared__ int next[kMaxExperts];
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = static_cast<int>(cluster.num_blocks());
+  const int rank = static_cast<int>(cluster.block_rank());
+  const int thread = static_cast<int>(threadIdx.x);
+  const int share = (pairs + blocks - 1) / blocks;
+  const int end = min(pairs, (rank + 1) * share);
+  if (thread < kMaxExperts) count[thread] = 0;
   __syncthreads();
-  for (int i = thread; i < pairs; i += kSortThreads) {
+  for (int i = rank * share + thread; i < end; i += kSortThreads) {
     const int expert = ids[i];
-    if (expert >= 0 && expert < experts) sorted[atomicAdd(&count[expert], 1)] = i;
+    if (expert >= 0 && expert < experts) atomicAdd(&count[expert], 1);
+  }
+  cluster.sync();
+  int rows = 0;
+  int before = 0;  // of this expert, in the blocks before
+  if (thread < kMaxExperts) {
+    for (int b = 0; b < blocks; ++b) {
+      const int theirs = cluster.map_shared_rank(count, b)[thread];
+      rows += theirs;
+      if (b < rank) before += theirs;
+    }
+  }
+  const int own_tiles = (rows + kGemmTile - 1) / kGemmTile;
+  const int2 until = sums_until(make_int2(rows, own_tiles));
+  if (thread < kMaxExperts) {
+    next[thread] = until.x - rows + before;
+    if (rank == 0) {
+      for (int i = 0; i < own_tiles; ++i) {
+        tiles[until.y - own_tiles + i] = {thread, until.x - rows + i * kGemmTile, until.x};
+      }
+      if (thread == kMaxExperts - 1) *tile_count = until.y;
+    }
+  }
+  cluster.sync();
+  for (int i = rank * share + thread; i < end; i += kSortThreads) {
+    const int expert = ids[i];
+    if (expert >= 0 && expert < experts) sorted[atomicAdd(&next[expert], 1)] = i;
   }
 }
 
@@ -129,16 +147,18 @@ int64_t moe_experts_workspace_bytes(int64_t rows, int64_t experts, int64_t top_k
 void moe_experts(const MoeExperts& args, cudaStream_t stream) {
   const int64_t pairs = args.rows * args.top_k;
   const Workspace space(args.workspace, args.rows, args.experts, args.top_k, args.hidden, args.width);
-  sort_kernel<<<1, kSortThreads, 0, stream>>>(args.expert_ids, static_cast<int>(pairs), static_cast<int>(args.experts),
-                                              space.sorted, space.tiles, space.tile_count);
+  const int sort_blocks = pairs >= kSortBlocks * kSortThreads ? kSortBlocks : 1;
+  // An error stays the runtime's last error, as those of the other launches.
+  (void)launch_kernel("experts", {stream, false}, sort_kernel, dim3(sort_blocks), kSortThreads, 0, sort_blocks, args.expert_ids,
+                      static_cast<int>(pairs), static_cast<int>(args.experts), space.sorted, space.tiles, space.tile_count);
   const bool fp8 = args.gate_up.dtype == DType::kFloat8E4M3;
   TileGemm gate_up = {.dtype = args.gate_up.dtype, .n = 2 * args.width, .k = args.hidden, .a = args.x.data,
                       .a_stride = args.x.stride, .a_rows = space.sorted, .a_divisor = static_cast<int32_t>(args.top_k),
-                      .b = args.gate_up.data, .b_group_stride = args.gate_up_stride, .tiles = space.tiles,
+                      .b = args.gate_up.data, .groups = args.experts, .b_group_stride = args.gate_up_stride, .tiles = space.tiles,
                       .tile_count = space.tile_count, .max_tiles = max_tiles(pairs, args.experts), .rows = pairs,
                       .swiglu = true, .y = space.activations, .y_stride = args.width};
   TileGemm down = {.dtype = args.down.dtype, .n = args.hidden, .k = args.width, .a = space.activations,
-                   .a_stride = args.width, .b = args.down.data, .b_group_stride = args.down_stride, .tiles = space.tiles,
+                   .a_stride = args.width, .b = args.down.data, .groups = args.experts, .b_group_stride = args.down_stride, .tiles = space.tiles,
                    .tile_count = space.tile_count, .max_tiles = max_tiles(pairs, args.experts), .rows = pairs,
                    .y = space.results, .y_stride = args.hidden, .y_rows = space.sorted};
   if (fp8) {

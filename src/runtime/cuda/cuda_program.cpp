@@ -124,16 +124,16 @@ int64_t CudaProgram::workspace_bytes() const {
   return bytes;
 }
 
-Status CudaProgram::run_body(const CudaRank& rank, const CudaStep& step, const Observer& observe) const {
+Status CudaProgram::run_body(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe) const {
   return run(rank, step, 0, program_.head_begin, observe);
 }
 
-Status CudaProgram::run_head(const CudaRank& rank, const CudaStep& step, const Observer& observe) const {
+Status CudaProgram::run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe) const {
   return run(rank, step, program_.head_begin, static_cast<int32_t>(program_.operations.size()), observe);
 }
 
 Status CudaProgram::run(const CudaRank& rank, const CudaStep& step, int32_t begin, int32_t end,
-                        const Observer& observe) const {
+                        const LaunchObserver& observe) const {
   for (int32_t i = begin; i < end; ++i) {
     const int32_t stream = program_.operations[i].stream;
     if (waits_[i]) {
@@ -141,15 +141,17 @@ Status CudaProgram::run(const CudaRank& rank, const CudaStep& step, int32_t begi
       TS_RETURN_IF_ERROR(cuda_check(cudaEventRecord(event, rank.streams[1 - stream]), "recording an event"));
       TS_RETURN_IF_ERROR(cuda_check(cudaStreamWaitEvent(rank.streams[stream], event), "waiting for an event"));
     }
-    if (observe) observe(i);
+    if (observe) {
+      const OperationPart part = {.operation = i};
+      TS_RETURN_IF_ERROR(observe({&part, 1}));
+    }
     TS_RETURN_IF_ERROR(call_operation(*this, rank, step, i));
   }
   return {};
 }
 
 kernels::Rows CudaProgram::rows(const CudaRank& rank, int32_t value, int64_t row) const {
-  const compile::ProgramValue& at = program_.values[value];
-  return {rank.arena + at.offset + row * at.stride * static_cast<int64_t>(dtype_size(at.dtype)), at.dtype, at.stride};
+  return value_rows(program_, rank.arena, value, row);
 }
 
 }  // namespace tokenspeed::runtime

@@ -8,18 +8,20 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "base/status.h"
 #include "compile/program.h"
 #include "kernels/types.h"
-#include "runtime/cuda/cuda_caches.h"
+#include "runtime/caches.h"
 #include "runtime/cuda/cuda_weights.h"
 #include "runtime/cuda/device.h"
 
 namespace tokenspeed::runtime {
 
 inline constexpr int kStreams = 2;
+using CudaCaches = Caches<DeviceMemory>;
 
 // What a step gives the operations besides the arena. All pointers are device memory.
 struct CudaStep {
@@ -39,6 +41,14 @@ struct CudaRank {
   cudaEvent_t joined = nullptr;
 };
 
+// An operation, or the share of its bytes, that a launch carries out.
+struct OperationPart {
+  int32_t operation = 0;  // index in the Program
+  double share = 1;
+};
+// Called before a launch (or the launches of one operation) with what it carries out. An error ends the step.
+using LaunchObserver = std::function<Status(std::span<const OperationPart> parts)>;
+
 class CudaProgram {
  public:
   // unimplemented: float32 activations, sizes the kernels do not take, collectives without stand_in.
@@ -48,22 +58,22 @@ class CudaProgram {
   // Of the greatest operation on either stream at the Program's greatest number of rows.
   int64_t workspace_bytes() const;
 
-  // Before each operation `observe`, when set, is called with its index. Everything is enqueued, nothing waited for.
-  // Errors name the operation.
-  using Observer = std::function<void(int32_t operation)>;
-  Status run_body(const CudaRank& rank, const CudaStep& step, const Observer& observe = {}) const;
-  Status run_head(const CudaRank& rank, const CudaStep& step, const Observer& observe = {}) const;
+  // Everything is enqueued, nothing waited for. Errors name the operation.
+  Status run_body(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
+  Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
 
+  std::span<const LoadedWeight> weights() const { return weights_; }
   kernels::Rows rows(const CudaRank& rank, int32_t value, int64_t row = 0) const;
-  const CudaWeight& weight(const compile::Operation& op, size_t i) const { return weights_[op.weights[i]]; }
+  const LoadedWeight& weight(const compile::Operation& op, size_t i) const { return weights_[op.weights[i]]; }
 
  private:
-  Status run(const CudaRank& rank, const CudaStep& step, int32_t begin, int32_t end, const Observer& observe) const;
+  Status run(const CudaRank& rank, const CudaStep& step, int32_t begin, int32_t end,
+             const LaunchObserver& observe) const;
   void plan_streams();
 
   compile::Program program_;
-  std::vector<CudaWeight> weights_;  // by the Program's index
-  std::vector<bool> waits_;          // operation waits for the other stream
+  std::vector<LoadedWeight> weights_;  // by the Program's index
+  std::vector<bool> waits_;            // operation waits for the other stream
 };
 
 }  // namespace tokenspeed::runtime

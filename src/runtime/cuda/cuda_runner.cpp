@@ -15,13 +15,28 @@ constexpr int32_t kMostGraphTokens = 128;  // beyond it a step takes longer than
 constexpr int64_t kLeastContextClass = 1024;
 constexpr int kPollsPerQuery = 4096;
 
-// Random draws, penalties, biases and log probabilities are worked out on the host.
+// Whether the device finishes the sequence's rows. Everything else is worked out on the host.
 bool is_plain(const SequenceStep& step) {
   if (step.logits_out || !step.next_tokens.empty()) return false;
   if (!step.sample) return true;
   const SamplingParameters& sampling = *step.sampling;
-  return sampling.temperature == 0 && sampling.logprobs < 0 && sampling.repetition_penalty == 1.0f &&
-         sampling.presence_penalty == 0.0f && sampling.frequency_penalty == 0.0f && sampling.logit_bias.empty();
+  return sampling.logprobs < 0 && sampling.repetition_penalty == 1.0f && sampling.presence_penalty == 0.0f &&
+         sampling.frequency_penalty == 0.0f && sampling.logit_bias.empty() && step.allowed_tokens.empty();
+}
+
+bool draws(const SequenceStep& step) { return step.sample && step.sampling->temperature > 0; }
+
+kernels::cuda::DecodeSampleRow sample_row(const SequenceStep& step, bool on_device) {
+  kernels::cuda::DecodeSampleRow row = {.temperature = 0};
+  if (!on_device || !draws(step)) return row;
+  const SamplingParameters& sampling = *step.sampling;
+  row.temperature = sampling.temperature;
+  row.top_p = sampling.top_p;
+  row.min_p = sampling.min_p;
+  row.top_k = sampling.top_k;
+  row.seed = sampling.seed;
+  row.position = step.context + static_cast<int64_t>(step.tokens.size());
+  return row;
 }
 
 void clear(SequenceResult* result) {
@@ -39,49 +54,66 @@ CudaRunner::~CudaRunner() {
   }
 }
 
-bool CudaRunner::samples_on_device(std::span<const SequenceStep> sequences) const {
-  return std::all_of(sequences.begin(), sequences.end(), is_plain) &&
-         static_cast<int64_t>(wanted_.size()) <= body_.program().logit_rows;
-}
-
-Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
+// Lays the step out in the input block.
+Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> sequences) {
+  if (!fault_.ok()) return fault_;
   if (in_flight_) return internal_error("a step was submitted before the last one was waited for");
   TS_RETURN_IF_ERROR(batch_->assign(sequences));
   list_wanted_rows(sequences, &wanted_);
   wanted_rows_.clear();
-  for (const WantedRow& row : wanted_) {
+  host_rows_.clear();
+  sample_rows_.clear();
+  const bool few = static_cast<int64_t>(wanted_.size()) <= capacity_.max_sequences;
+  for (size_t i = 0; i < wanted_.size(); ++i) {
+    const WantedRow& row = wanted_[i];
     wanted_rows_.push_back(batch_->first_row(static_cast<size_t>(row.sequence)) + row.index);
+    const SequenceStep& step = sequences[row.sequence];
+    const bool on_device = is_plain(step) && (few || !draws(step));
+    if (!on_device) host_rows_.push_back(static_cast<int32_t>(i));
+    if (few) sample_rows_.push_back(sample_row(step, on_device));
   }
+  const bool any_draws =
+      std::any_of(sample_rows_.begin(), sample_rows_.end(), [](const auto& row) { return row.temperature > 0; });
+  one_group_ = static_cast<int64_t>(wanted_.size()) <= body_.program().logit_rows;
   results_.resize(sequences.size());
   for (SequenceResult& result : results_) clear(&result);
   sequences_ = sequences;
-  on_device_ = samples_on_device(sequences);
+  input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, ++number_);
+  return GraphKey{batch_->batch().sequences, batch_->batch().tokens, context_class(sequences), any_draws};
+}
 
-  input_->fill(*batch_, sequences, wanted_rows_, ++number_);
-  TS_RETURN_IF_ERROR(input_->send(rank_.streams[0]));
-  const kernels::SequenceBatch& batch = batch_->batch();
-  const GraphKey key = {batch.sequences, batch.tokens, context_class(sequences)};
-  const bool one_token_each = batch.tokens == batch.sequences && static_cast<int32_t>(wanted_.size()) == batch.tokens;
-  cudaGraphExec_t graph = nullptr;
-  if (use_graphs_ && on_device_ && one_token_each && batch.tokens <= kMostGraphTokens) {
-    TS_ASSIGN_OR_RETURN(graph, graph_of(key));
-  }
-  if (graph) {
-    TS_RETURN_IF_ERROR(cuda_check(cudaGraphLaunch(graph, rank_.streams[0]), "launching the step's graph"));
-  } else {
-    TS_RETURN_IF_ERROR(enqueue(key));
-  }
+Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
+  TS_ASSIGN_OR_RETURN(const GraphKey key, begin(sequences));
+  TS_RETURN_IF_ERROR(note_fault(run(key)));
   in_flight_ = true;
   return {};
 }
 
+Status CudaRunner::run(const GraphKey& key) {
+  TS_RETURN_IF_ERROR(input_->send(rank_.streams[0]));
+  const bool one_token_each = key.tokens == key.sequences && static_cast<int32_t>(wanted_.size()) == key.tokens;
+  cudaGraphExec_t graph = nullptr;
+  if (options_.graphs && one_group_ && one_token_each && key.tokens <= kMostGraphTokens) {
+    TS_ASSIGN_OR_RETURN(graph, graph_of(key));
+  }
+  if (graph) {
+    TS_RETURN_IF_ERROR(cuda_check(cudaGraphLaunch(graph, rank_.streams[0]), "launching the step's graph"));
+  } else if (options_.debug_sync || options_.fault_after_launch >= 0) {
+    TS_RETURN_IF_ERROR(enqueue_checked(key));
+  } else {
+    TS_RETURN_IF_ERROR(enqueue(key, {}));
+  }
+  return one_group_ ? fetch_logits(host_rows_, 0) : Status();
+}
+
 // Everything after the input block has been sent; captured for graphs.
-Status CudaRunner::enqueue(const GraphKey& key) {
+Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe) {
   TS_RETURN_IF_ERROR(input_->expand(key.sequences, key.tokens, rank_.streams[0]));
   const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(wanted_.size()));
   const bool fused = !decode_.empty() && key.tokens <= kernels::cuda::kDecodeTokens;
-  TS_RETURN_IF_ERROR(fused ? decode_.run_body(rank_, step, key.max_context) : body_.run_body(rank_, step));
-  return on_device_ ? enqueue_sampling(step, fused) : Status();
+  TS_RETURN_IF_ERROR(fused ? decode_.run_body(rank_, step, key.max_context, observe)
+                           : body_.run_body(rank_, step, observe));
+  return one_group_ ? enqueue_sampling(key, step, fused, observe) : Status();
 }
 
 // Positions no sequence of the step reaches beyond: a power of two, so that a captured step serves for long.
@@ -94,17 +126,25 @@ int64_t CudaRunner::context_class(std::span<const SequenceStep> sequences) const
   return std::min<int64_t>(rounded, std::max<int64_t>(capacity_.max_model_length, longest));
 }
 
-Status CudaRunner::enqueue_sampling(const CudaStep& step, bool fused) {
+Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused,
+                                    const LaunchObserver& observe) {
   int32_t* tokens = reinterpret_cast<int32_t*>(tokens_.data());
   if (step.wanted_count > 0) {
-    TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step) : body_.run_head(rank_, step));
+    TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step, observe) : body_.run_head(rank_, step, observe));
+    if (observe) TS_RETURN_IF_ERROR(observe({}));
     const compile::Program& program = body_.program();
     const kernels::Rows logits = body_.rows(rank_, program.logits);
     const kernels::cuda::Launch launch = {.stream = rank_.streams[0], .dependent = false};
-    TS_RETURN_IF_ERROR(kernels::cuda::decode_argmax(
-        {step.wanted_count, program.vocabulary_size, static_cast<const float*>(logits.data), logits.stride, tokens,
-         sample_workspace_.data()},
-        launch));
+    for (int64_t row = 0; row < step.wanted_count; row += kernels::cuda::kDecodeTokens) {
+      const int64_t rows = std::min<int64_t>(step.wanted_count - row, kernels::cuda::kDecodeTokens);
+      const float* from = static_cast<const float*>(logits.data) + row * logits.stride;
+      TS_RETURN_IF_ERROR(key.draws ? kernels::cuda::decode_sample({rows, program.vocabulary_size, from, logits.stride,
+                                                                   input_->device_sampling() + row, tokens + row},
+                                                                  launch)
+                                   : kernels::cuda::decode_argmax({rows, program.vocabulary_size, from, logits.stride,
+                                                                   tokens + row, sample_workspace_.data()},
+                                                                  launch));
+    }
   }
   uint64_t* host_number = reinterpret_cast<uint64_t*>(published_.data());
   kernels::cuda::publish_tokens(
@@ -118,7 +158,7 @@ Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   if (first_use || known->second.get()) return known->second.get();
   const cudaStream_t stream = rank_.streams[0];
   TS_RETURN_IF_ERROR(cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capturing a step"));
-  const Status enqueued = enqueue(key);
+  const Status enqueued = enqueue(key, {});
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
   const CudaOwner<cudaGraph_t, cudaGraphDestroy> owner(graph);
@@ -130,10 +170,25 @@ Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   return executable;
 }
 
+// Sends the logits of these of wanted_ to their places in logits_; `first` is the first one of the group in the arena.
+Status CudaRunner::fetch_logits(std::span<const int32_t> indices, int64_t first) {
+  const kernels::Rows logits = body_.rows(rank_, body_.program().logits);
+  const int64_t row_bytes = logits.stride * 4;
+  for (size_t i = 0, end = 0; i < indices.size(); i = end) {
+    for (end = i + 1; end < indices.size() && indices[end] == indices[end - 1] + 1;) ++end;
+    const int64_t offset = (indices[i] - first) * row_bytes;
+    TS_RETURN_IF_ERROR(cuda_check(
+        cudaMemcpyAsync(logits_.data() + offset, static_cast<const std::byte*>(logits.data) + offset,
+                        (end - i) * static_cast<size_t>(row_bytes), cudaMemcpyDeviceToHost, rank_.streams[0]),
+        "fetching logits"));
+  }
+  return {};
+}
+
 Status CudaRunner::wait(std::vector<SequenceResult>* results) {
   if (!in_flight_) return internal_error("waited for a step that was not submitted");
   in_flight_ = false;
-  TS_RETURN_IF_ERROR(on_device_ ? wait_for_tokens() : finish_on_host());
+  TS_RETURN_IF_ERROR(note_fault(one_group_ ? wait_for_tokens() : finish_groups()));
   results->swap(results_);
   return {};
 }
@@ -143,57 +198,69 @@ Status CudaRunner::wait_for_tokens() {
   for (int polls = 0; *number != number_; ++polls) {
     if (polls % kPollsPerQuery != kPollsPerQuery - 1) continue;
     const cudaError_t state = cudaStreamQuery(rank_.streams[0]);
-    if (state != cudaSuccess && state != cudaErrorNotReady) return cuda_check(state, "running a step");
+    if (state == cudaErrorNotReady) continue;
+    TS_RETURN_IF_ERROR(cuda_check(state, "running a step"));
+    if (*number != number_) {  // the stream is empty, so it is there by now or never
+      return internal_error("step " + std::to_string(number_) + " ended on the GPU without its tokens; step " +
+                            std::to_string(*number) + " was the last to publish any");
+    }
   }
   std::atomic_thread_fence(std::memory_order_acquire);
   const int32_t* tokens = reinterpret_cast<const int32_t*>(published_.data() + sizeof(uint64_t));
+  auto host_row = host_rows_.begin();
   for (size_t i = 0; i < wanted_.size(); ++i) {
+    if (host_row != host_rows_.end() && *host_row == static_cast<int32_t>(i)) {
+      ++host_row;
+      continue;
+    }
+    const SequenceStep& step = sequences_[wanted_[i].sequence];
     SequenceResult& result = results_[wanted_[i].sequence];
     result.token = tokens[i];
-    const SequenceStep& step = sequences_[wanted_[i].sequence];
     if (tokens[i] < 0) result.status = not_finite(int64_t{step.context} + wanted_[i].index);
+  }
+  if (host_rows_.empty()) return {};
+  TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
+  finish_rows(host_rows_, 0);
+  return {};
+}
+
+// More rows than the head takes at once: group by group, logits to the host, then each row's results there.
+Status CudaRunner::finish_groups() {
+  const int64_t group = body_.program().logit_rows;
+  const int64_t count = static_cast<int64_t>(wanted_.size());
+  CudaStep step = input_->step(batch_->batch().sequences, batch_->batch().tokens, static_cast<int32_t>(wanted_.size()));
+  const int32_t* rows = step.wanted;
+  std::vector<int32_t> indices;
+  for (int64_t begin = 0; begin < count; begin += group) {
+    const int64_t end = std::min(begin + group, count);
+    step.wanted = rows + begin;
+    step.wanted_count = static_cast<int32_t>(end - begin);
+    TS_RETURN_IF_ERROR(body_.run_head(rank_, step));
+    indices.clear();
+    for (int64_t i = begin; i < end; ++i) indices.push_back(static_cast<int32_t>(i));
+    TS_RETURN_IF_ERROR(fetch_logits(indices, begin));
+    TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
+    finish_rows(indices, begin);
   }
   return {};
 }
 
-// Group by group: logits to the host, then each row's results there.
-Status CudaRunner::finish_on_host() {
-  const compile::Program& program = body_.program();
-  const int64_t group = program.logit_rows;
-  const int64_t row_bytes = program.vocabulary_size * 4;
-  if (logits_.size() == 0) {
-    TS_ASSIGN_OR_RETURN(logits_, PinnedMemory::allocate(group * row_bytes, "logits"));
-    pool_ = std::make_unique<ThreadPool>();
+// Rows of one sequence in order, sequences side by side. `first` is the index of the first row in logits_.
+void CudaRunner::finish_rows(std::span<const int32_t> indices, int64_t first) {
+  std::vector<size_t> begins;
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (i == 0 || wanted_[indices[i]].sequence != wanted_[indices[i - 1]].sequence) begins.push_back(i);
   }
-  CudaStep step = input_->step(batch_->batch().sequences, batch_->batch().tokens, static_cast<int32_t>(wanted_.size()));
-  const int32_t* rows = step.wanted;
-  for (int64_t begin = 0; begin < static_cast<int64_t>(wanted_.size()); begin += group) {
-    const int64_t count = std::min<int64_t>(group, static_cast<int64_t>(wanted_.size()) - begin);
-    step.wanted = rows + begin;
-    step.wanted_count = static_cast<int32_t>(count);
-    TS_RETURN_IF_ERROR(body_.run_head(rank_, step));
-    TS_RETURN_IF_ERROR(
-        cuda_check(cudaMemcpyAsync(logits_.data(), body_.rows(rank_, program.logits).data,
-                                   static_cast<size_t>(count * row_bytes), cudaMemcpyDeviceToHost, rank_.streams[0]),
-                   "fetching logits"));
-    TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
-    // Rows of one sequence in order, sequences side by side.
-    std::vector<int64_t> firsts;
-    for (int64_t i = begin; i < begin + count; ++i) {
-      if (i == begin || wanted_[i].sequence != wanted_[i - 1].sequence) firsts.push_back(i);
+  begins.push_back(indices.size());
+  const int64_t row_bytes = body_.rows(rank_, body_.program().logits).stride * 4;
+  pool_->parallel_for(static_cast<int64_t>(begins.size()) - 1, [&](int64_t s) {
+    for (size_t i = begins[s]; i < begins[s + 1]; ++i) {
+      const WantedRow& row = wanted_[indices[i]];
+      finish_row(row, sequences_[row.sequence],
+                 reinterpret_cast<const float*>(logits_.data() + (indices[i] - first) * row_bytes),
+                 capacity_.vocabulary_size, &results_[row.sequence]);
     }
-    firsts.push_back(begin + count);
-    pool_->parallel_for(static_cast<int64_t>(firsts.size()) - 1, [&](int64_t s) {
-      for (int64_t i = firsts[s]; i < firsts[s + 1]; ++i) {
-        const WantedRow& row = wanted_[i];
-        finish_row(row, sequences_[row.sequence],
-                   reinterpret_cast<const float*>(logits_.data() + (i - begin) * row_bytes), capacity_.vocabulary_size,
-                   &results_[row.sequence]);
-      }
-    });
-  }
-  if (wanted_.empty()) return cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step");
-  return {};
+  });
 }
 
 }  // namespace tokenspeed::runtime

@@ -1,16 +1,18 @@
 // The Runner of one GPU.
 //
 // submit() sends one block of input and enqueues the whole step: a captured graph for steps of one token per sequence,
-// single launches otherwise. Tokens come back through mapped host memory that wait() polls; nothing is copied or waited
-// for on the way unless a request wants logits on the host (random draws, log probabilities, penalties,
-// logit bias).
-// Invariant: one step in flight. A device fault fails the step and every later one: the process should end.
+// single launches otherwise. Tokens, greedy or drawn, come back through mapped host memory that wait() polls. Rows that
+// want more (log probabilities, penalties, biases, a set of allowed tokens) follow as logits, and the host samples them
+// with the CPU's sampler.
+// Invariant: one step in flight. A fault of the device fails the step and every later one: the process should end.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/thread_pool.h"
@@ -34,16 +36,27 @@ struct CudaRunnerOptions {
   int32_t max_sequences = 64;
   int32_t page_size = 64;
   int32_t max_model_length = 32768;
-  int32_t pages = 0;              // KV pages; 0: as many as kv_bytes hold
-  int64_t kv_bytes = 0;           // 0: what is left of memory_fraction after everything else
-  double memory_fraction = 0.92;  // of the GPU's memory, all told
-  int32_t state_slots = 0;        // 0: max_sequences
-  int32_t load_threads = 0;       // 0: as many as help
-  bool graphs = true;             // capture steps of one token per sequence
-  bool fused_decode = true;       // the kernels for few tokens where the model allows
-  bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
+  int32_t pages = 0;               // KV pages; 0: as many as kv_bytes hold
+  int64_t kv_bytes = 0;            // 0: what is left of memory_fraction after everything else
+  double memory_fraction = 0.92;   // of the GPU's memory, all told
+  int32_t state_slots = 0;         // 0: max_sequences
+  int32_t load_threads = 0;        // 0: as many as help
+  bool graphs = true;              // capture steps of one token per sequence
+  bool fused_decode = true;        // the kernels for few tokens where the model allows
+  bool persistent_decode = false;  // those as one launch from barrier to barrier, instead of launches that overlap
+  bool rank_only = false;          // run rank `rank` of a tensor-parallel layout alone, collectives left out
   int32_t rank = 0;
+  bool debug_sync = false;  // wait after every launch: slow, but a fault of the device names its operation
+  // Told once, on the thread that runs steps, when the device has failed; every request will fail from then on.
+  std::function<void(const Status&)> on_fault;
+  int32_t fault_after_launch = -1;  // tests only: this launch of a step without graphs is followed by one that faults
   compile::PassOptions passes;
+};
+
+// One launch of a step, or the launches of one operation.
+struct LaunchTime {
+  std::vector<OperationPart> parts;  // of the Program; empty: sampling
+  double seconds = 0;
 };
 
 class CudaRunner : public Runner {
@@ -60,17 +73,23 @@ class CudaRunner : public Runner {
   Status submit(std::span<const SequenceStep> sequences) override;
   Status wait(std::vector<SequenceResult>* results) override;
 
+  // Runs the step like submit() and wait(), launch by launch on one stream with an event between each two, so that
+  // nothing overlaps: the times add up to more than a step's. Greedy steps of at most max_sequences wanted rows.
+  Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
+                                          std::vector<SequenceResult>* results);
+
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
   int64_t weight_bytes() const { return weights_.bytes(); }
   bool decodes_fused() const { return !decode_.empty(); }  // few tokens run on the fused kernels
 
  private:
-  // A step that is replayed: its sizes, and a bound on its contexts. Every row is sampled greedily.
+  // A step that is replayed: its sizes, a bound on its contexts, and whether rows draw at random.
   struct GraphKey {
     int32_t sequences;
     int32_t tokens;
     int64_t max_context;
+    bool draws;
     auto operator<=>(const GraphKey&) const = default;
   };
   using GraphExec = CudaOwner<cudaGraphExec_t, cudaGraphExecDestroy>;
@@ -78,14 +97,22 @@ class CudaRunner : public Runner {
   CudaRunner() = default;
   Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CudaRunnerOptions& options);
   Status allocate(const CudaRunnerOptions& options);
-  bool samples_on_device(std::span<const SequenceStep> sequences) const;
+  Status warm_up();
+  Result<GraphKey> begin(std::span<const SequenceStep> sequences);
+  Status run(const GraphKey& key);
   int64_t context_class(std::span<const SequenceStep> sequences) const;
-  Status enqueue(const GraphKey& key);
-  Status enqueue_sampling(const CudaStep& step, bool fused);
+  Status enqueue(const GraphKey& key, const LaunchObserver& observe);
+  Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
+  Status enqueue_checked(const GraphKey& key);
   // Captures at the second use of a key: the first runs singly and loads what its kernels need. Null: not captured yet.
   Result<cudaGraphExec_t> graph_of(const GraphKey& key);
+  Status fetch_logits(std::span<const int32_t> indices, int64_t first);
   Status wait_for_tokens();
-  Status finish_on_host();
+  Status finish_groups();
+  void finish_rows(std::span<const int32_t> indices, int64_t first);
+  std::string describe_step() const;
+  // The device's faults are remembered; other errors belong to the step.
+  Status note_fault(Status status);
 
   Capacity capacity_;
   Device device_;
@@ -100,18 +127,21 @@ class CudaRunner : public Runner {
   std::optional<StepBatch> batch_;
   std::optional<StepInput> input_;
   PinnedMemory published_;  // step number, then tokens
-  PinnedMemory logits_;     // one group of rows, once a step wants them
+  PinnedMemory logits_;     // one group of rows
   std::unique_ptr<ThreadPool> pool_;
   std::map<GraphKey, GraphExec> graphs_;
-  bool use_graphs_ = true;
+  CudaRunnerOptions options_;
 
   uint64_t number_ = 0;
   bool in_flight_ = false;
-  bool on_device_ = false;
+  bool one_group_ = false;                   // the head computes all wanted rows at once, and the device samples
   std::span<const SequenceStep> sequences_;  // of the step in flight
   std::vector<WantedRow> wanted_;
   std::vector<int32_t> wanted_rows_;
+  std::vector<int32_t> host_rows_;  // indices of those among wanted_ that the host finishes, ascending
+  std::vector<kernels::cuda::DecodeSampleRow> sample_rows_;  // of wanted_, when any draws on the device
   std::vector<SequenceResult> results_;
+  Status fault_;
 };
 
 }  // namespace tokenspeed::runtime

@@ -11,6 +11,7 @@ namespace tokenspeed::runtime {
 namespace {
 
 constexpr int32_t kLogitRows = 64;
+constexpr int32_t kWarmUpTokens = 64;
 
 std::string gigabytes(int64_t bytes) {
   char text[32];
@@ -74,6 +75,7 @@ Result<std::unique_ptr<CudaRunner>> CudaRunner::create(const compile::ModelGraph
   TS_ASSIGN_OR_RETURN(runner->device_, open_device(options.device));
   TS_RETURN_IF_ERROR(runner->load(graph, source, options));
   TS_RETURN_IF_ERROR(runner->allocate(options));
+  if (options.fault_after_launch < 0) TS_RETURN_IF_ERROR(runner->warm_up());
   return runner;
 }
 
@@ -92,6 +94,26 @@ Status CudaRunner::load(const compile::ModelGraph& graph, const compile::WeightS
   const compile::Program* pointer = &program;
   TS_ASSIGN_OR_RETURN(weights_, CudaWeights::load({&pointer, 1}, source, options.load_threads));
   TS_ASSIGN_OR_RETURN(body_, CudaProgram::bind(std::move(program), weights_, options.rank_only));
+  return {};
+}
+
+// Runs steps of the two kinds, so that no request waits for kernels and libraries to be loaded or for the first graph.
+// What they leave in page 0 and slot 0 is overwritten before it is read.
+Status CudaRunner::warm_up() {
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens(static_cast<size_t>(
+      std::min({kWarmUpTokens, capacity_.max_step_tokens, capacity_.page_size, capacity_.max_model_length})));
+  const std::vector<int32_t> pages = {0};
+  std::vector<SequenceResult> results;
+  for (const size_t count : {tokens.size(), size_t{1}, size_t{1}}) {
+    SequenceStep step;
+    step.tokens = std::span(tokens).first(count);
+    step.pages = pages;
+    step.sample = true;
+    step.sampling = &greedy;
+    TS_RETURN_IF_ERROR(submit({&step, 1}));
+    TS_RETURN_IF_ERROR(wait(&results));
+  }
   return {};
 }
 
@@ -122,7 +144,8 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
       DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
   TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(8 + program.logit_rows * 4, "tokens"));
   if (options.fused_decode) {
-    TS_ASSIGN_OR_RETURN(decode_, DecodePlan::build(body_, std::max(options.max_model_length, 1024)));
+    TS_ASSIGN_OR_RETURN(decode_,
+                        DecodePlan::build(body_, std::max(options.max_model_length, 1024), options.persistent_decode));
   }
   const int64_t pages_of_one = (int64_t{options.max_model_length} + options.page_size - 1) / options.page_size;
   const int64_t page_bytes = std::max<int64_t>(1, program.kv.bytes_per_position() * options.page_size);
@@ -152,7 +175,11 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
   rank_.joined = joined_.get();
   batch_.emplace(capacity_);
   TS_ASSIGN_OR_RETURN(input_, StepInput::allocate(capacity_));
-  use_graphs_ = options.graphs;
+  options_ = options;
+  options_.graphs = options.graphs && !options.debug_sync && options.fault_after_launch < 0;
+  pool_ = std::make_unique<ThreadPool>();
+  TS_ASSIGN_OR_RETURN(
+      logits_, PinnedMemory::allocate(program.logit_rows * body_.rows(rank_, program.logits).stride * 4, "logits"));
   spdlog::info(
       "GPU {} ({}): {} weights, {} KV pages of {} positions ({}), {} state slots ({}), {} activations and workspace",
       device_.ordinal, device_.name, gigabytes(weights_.bytes()), capacity_.pages, capacity_.page_size,

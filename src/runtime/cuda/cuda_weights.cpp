@@ -135,6 +135,7 @@ class Uploader {
 
   Status run(int32_t threads) {
     std::vector<std::thread> workers;
+    workers.reserve(threads);
     for (int32_t i = 0; i < threads; ++i) {
       workers.emplace_back([this] {
         if (Status status = work(); !status.ok()) fail(std::move(status));
@@ -217,7 +218,7 @@ Result<CudaWeights> CudaWeights::load(std::span<const compile::Program* const> p
     TS_RETURN_IF_ERROR(Uploader(tasks, loaded.memory_.data(), &progress).run(count));
   }
   for (const Plan& plan : plans) {
-    CudaWeight& weight = loaded.weights_[plan.weight->name];
+    LoadedWeight& weight = loaded.weights_[plan.weight->name];
     const float* scale = reinterpret_cast<const float*>(loaded.memory_.data() + plan.scale_offset);
     weight.matrix = {loaded.memory_.data() + plan.offset,
                      plan.dtype,

@@ -10,14 +10,9 @@
 #include "compile/weight_source.h"
 #include "kernels/types.h"
 #include "runtime/cuda/device.h"
+#include "runtime/loaded_weight.h"
 
 namespace tokenspeed::runtime {
-
-struct CudaWeight {
-  kernels::Matrix matrix;     // the first of `count`; FP8 scales of the matrices follow one another
-  int64_t matrix_stride = 0;  // bytes from one to the next
-  const float* vector() const { return static_cast<const float*>(matrix.data); }
-};
 
 class CudaWeights {
  public:
@@ -26,12 +21,12 @@ class CudaWeights {
   // afterwards. threads 0: as many as help.
   static Result<CudaWeights> load(std::span<const compile::Program* const> programs,
                                   const compile::WeightSource& source, int32_t threads);
-  const CudaWeight& at(const std::string& name) const { return weights_.at(name); }
+  const LoadedWeight& at(const std::string& name) const { return weights_.at(name); }
   int64_t bytes() const { return memory_.size(); }
 
  private:
   DeviceMemory memory_;
-  std::map<std::string, CudaWeight> weights_;
+  std::map<std::string, LoadedWeight> weights_;
 };
 
 }  // namespace tokenspeed::runtime

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/norm.h"
@@ -15,6 +16,9 @@ using compile::Operation;
 using compile::OpKind;
 using kernels::Rows;
 namespace cuda = kernels::cuda;
+
+// Gate and up of an expert are as large as each other and as down.
+constexpr double kGateUpShare = 2.0 / 3;
 
 // Walks the operations in order and replaces what belongs together by one call.
 class DecodePlanBuilder {
@@ -86,6 +90,11 @@ class DecodePlanBuilder {
     }
     return kNone;
   }
+  // The sum over ranks before a norm is left out where a rank runs alone.
+  int32_t reader_that_norms(int32_t value) const {
+    const int32_t norm = reader_of_kind(value, OpKind::kRmsNorm);
+    return norm != kNone ? norm : reader_of_kind(value, OpKind::kAllReduceRmsNorm);
+  }
   int32_t writer(int32_t value) const {
     for (int32_t i = 0; i < static_cast<int32_t>(operations_.size()); ++i) {
       const auto& outputs = operations_[i].outputs;
@@ -102,8 +111,11 @@ class DecodePlanBuilder {
     return 0;
   }
 
-  void push(int32_t operation, std::function<Status(const Context&)> run) {
-    plan_.calls_.push_back({operation, std::move(run)});
+  void push(std::vector<OperationPart> parts, std::function<cuda::DecodePhase(const Context&)> phase) {
+    plan_.calls_.push_back({std::move(parts), std::move(phase), {}});
+  }
+  void push_plain(std::vector<OperationPart> parts, std::function<Status(const Context&)> run) {
+    plan_.calls_.push_back({std::move(parts), {}, std::move(run)});
   }
 
   Result<bool> place(int32_t index) {
@@ -113,7 +125,11 @@ class DecodePlanBuilder {
       case OpKind::kSwiGlu:
         generic(index);
         return true;
+      case OpKind::kAllReduce:
+        generic(index);
+        return true;
       case OpKind::kRmsNorm:
+      case OpKind::kAllReduceRmsNorm:
         return norm(index);
       case OpKind::kLinear:
         return op.attributes.fused_norm ? projections(index, op.inputs[0], program_.weight(op, 1).vector(), {index})
@@ -130,8 +146,9 @@ class DecodePlanBuilder {
   }
 
   void generic(int32_t index) {
-    push(index,
-         [program = &program_, index](const Context& c) { return call_operation(*program, c.rank, c.step, index); });
+    push_plain({{index}}, [program = &program_, index](const Context& c) {
+      return call_operation(*program, c.rank, c.step, index);
+    });
   }
 
   // The residual sum has been made by the branch before; what reads the norm follows with it.
@@ -147,7 +164,7 @@ class DecodePlanBuilder {
     }
     const float* weight = program_.weight(op, 0).vector();
     if (!linears.empty()) return projections(index, op.inputs[0], weight, linears);
-    push(index, [program = &program_, op, weight](const Context& c) {
+    push_plain({{index}}, [program = &program_, op, weight](const Context& c) {
       cuda::rms_norm({.rows = c.step.batch.tokens,
                       .columns = program->program().hidden_size,
                       .x = program->rows(c.rank, op.inputs[0]),
@@ -164,7 +181,10 @@ class DecodePlanBuilder {
   Result<bool> projections(int32_t index, int32_t x, const float* weight, const std::vector<int32_t>& linears) {
     if (linears.size() > cuda::kDecodeSegments) return false;
     const float epsilon = operations_[index].attributes.epsilon;
-    push(index, [program = &program_, x, weight, epsilon, linears](const Context& c) {
+    std::vector<OperationPart> parts;
+    parts.reserve(linears.size());
+    for (int32_t i : linears) parts.push_back({i});
+    push(std::move(parts), [program = &program_, x, weight, epsilon, linears](const Context& c) {
       cuda::DecodeLinear args;
       args.rows = c.step.batch.tokens;
       args.x = program->rows(c.rank, x);
@@ -175,7 +195,7 @@ class DecodePlanBuilder {
         args.segments[args.segment_count++] = {program->weight(op, 0).matrix, program->rows(c.rank, op.outputs[0]),
                                                false};
       }
-      return cuda::decode_linear(args, {c.rank.streams[0]});
+      return args;
     });
     return true;
   }
@@ -183,17 +203,17 @@ class DecodePlanBuilder {
   // A projection whose result is added to the residual stream.
   Result<bool> branch(int32_t index) {
     const Operation& op = operations_[index];
-    const int32_t next = reader_of_kind(op.outputs[0], OpKind::kRmsNorm);
+    const int32_t next = reader_that_norms(op.outputs[0]);
     if (next == kNone || operations_[next].inputs.size() != 2 || operations_[next].inputs[1] != op.outputs[0])
       return false;
     const int32_t residual = operations_[next].inputs[0];
-    push(index, [program = &program_, op, residual](const Context& c) {
+    push({{index}}, [program = &program_, op, residual](const Context& c) {
       cuda::DecodeLinear args;
       args.rows = c.step.batch.tokens;
       args.x = program->rows(c.rank, op.inputs[0]);
       args.segment_count = 1;
       args.segments[0] = {program->weight(op, 0).matrix, program->rows(c.rank, residual), true};
-      return cuda::decode_linear(args, {c.rank.streams[0]});
+      return args;
     });
     return true;
   }
@@ -202,14 +222,22 @@ class DecodePlanBuilder {
     const Operation& op = operations_[index];
     const compile::Attributes& a = op.attributes;
     if (a.key_dim != 128 || a.value_dim != 128 || a.value_heads / a.key_heads > 4) return false;
-    push(index, [program = &program_, op](const Context& c) {
+    push({{index}}, [program = &program_, op](const Context& c) {
       const auto rows = [&](int32_t value) { return program->rows(c.rank, value); };
-      return cuda::decode_gdn(
-          {gdn_shape(op), c.step.batch, c.rank.caches->state(op.attributes.state_layer), rows(op.inputs[0]),
-           rows(op.inputs[1]), rows(op.inputs[2]), rows(op.inputs[3]), program->weight(op, 0).vector(),
-           program->weight(op, 1).vector(), program->weight(op, 2).vector(), program->weight(op, 3).vector(),
-           op.attributes.epsilon, rows(op.outputs[0]), nullptr},
-          {c.rank.streams[0]});
+      return kernels::GdnMixer{gdn_shape(op),
+                               c.step.batch,
+                               c.rank.caches->state(op.attributes.state_layer),
+                               rows(op.inputs[0]),
+                               rows(op.inputs[1]),
+                               rows(op.inputs[2]),
+                               rows(op.inputs[3]),
+                               program->weight(op, 0).vector(),
+                               program->weight(op, 1).vector(),
+                               program->weight(op, 2).vector(),
+                               program->weight(op, 3).vector(),
+                               op.attributes.epsilon,
+                               rows(op.outputs[0]),
+                               nullptr};
     });
     return true;
   }
@@ -220,7 +248,7 @@ class DecodePlanBuilder {
     if (before == kNone || operations_[before].kind != OpKind::kAttentionPrepare) return false;
     const compile::Attributes& a = op.attributes;
     if (a.head_dim != 256 || a.query_heads / a.kv_heads > 16) return false;
-    push(index,
+    push({{index}, {before}},
          [program = &program_, op, prepare = operations_[before], workspace = attention_workspace_](const Context& c) {
            cuda::DecodeAttention args;
            args.shape = attention_shape(op);
@@ -235,7 +263,7 @@ class DecodePlanBuilder {
            args.out = program->rows(c.rank, op.outputs[0]);
            args.max_context = c.max_context;
            args.workspace = workspace;
-           return cuda::decode_attention(args, {c.rank.streams[0]});
+           return args;
          });
     return true;
   }
@@ -268,7 +296,7 @@ class DecodePlanBuilder {
     const int32_t router_index = writer(operations_[experts_index].inputs[1]);
     if (up_index == kNone || router_index == kNone) return false;
     const int32_t logits_index = writer(operations_[router_index].inputs[0]);
-    const int32_t next = reader_of_kind(combine.outputs[0], OpKind::kRmsNorm);
+    const int32_t next = reader_that_norms(combine.outputs[0]);
     if (logits_index == kNone || operations_[logits_index].kind != OpKind::kLinear || next == kNone) return false;
     const Operation& experts_op = operations_[experts_index];
     const compile::Attributes& a = experts_op.attributes;
@@ -278,7 +306,7 @@ class DecodePlanBuilder {
     TS_ASSIGN_OR_RETURN(const kernels::Matrix gate, gate_row(combine));
 
     const kernels::Matrix router = program_.weight(operations_[logits_index], 0).matrix;
-    push(index,
+    push({{logits_index}, {index}, {router_index}},
          [program = &program_, norm_op, router, gate, logits = router_logits_, gates = gate_logits_](const Context& c) {
            cuda::DecodeLinear args;
            args.rows = c.step.batch.tokens;
@@ -289,7 +317,7 @@ class DecodePlanBuilder {
            args.segment_count = 2;
            args.segments[0] = {router, {logits, DType::kFloat32, router.n}, false};
            args.segments[1] = {gate, {gates, DType::kFloat32, 1}, false};
-           return cuda::decode_linear(args, {c.rank.streams[0]});
+           return args;
          });
     const cuda::DecodeExperts routed = {a.experts,
                                         a.top_k,
@@ -302,7 +330,7 @@ class DecodePlanBuilder {
     const int64_t hidden = program_.program().hidden_size;
     const kernels::Matrix shared_up = program_.weight(operations_[up_index], 0).matrix;
     const kernels::Matrix shared_down = program_.weight(operations_[down_index], 0).matrix;
-    push(experts_index,
+    push({{experts_index, kGateUpShare}, {up_index}, {swiglu_index}},
          [program = &program_, norm_op, routed, shared_up, shared, hidden, width = a.width, h = h_](const Context& c) {
            cuda::DecodeGateUp args;
            args.rows = c.step.batch.tokens;
@@ -313,23 +341,24 @@ class DecodePlanBuilder {
            args.shared_gate_up = shared_up;
            args.shared_width = shared;
            args.h = h;
-           return cuda::decode_gate_up(args, {c.rank.streams[0]});
+           return args;
          });
     const int32_t residual = operations_[next].inputs[0];
-    push(combine_index, [program = &program_, residual, routed, shared_down, shared, hidden, width = a.width, h = h_,
-                         gates = gate_logits_](const Context& c) {
-      cuda::DecodeDown args;
-      args.rows = c.step.batch.tokens;
-      args.hidden = hidden;
-      args.width = width;
-      args.routed = routed;
-      args.shared_down = shared_down;
-      args.shared_width = shared;
-      args.shared_gate_logit = gates;
-      args.h = h;
-      args.y = program->rows(c.rank, residual);
-      return cuda::decode_down(args, {c.rank.streams[0]});
-    });
+    push({{down_index}, {experts_index, 1 - kGateUpShare}, {combine_index}},
+         [program = &program_, residual, routed, shared_down, shared, hidden, width = a.width, h = h_,
+          gates = gate_logits_](const Context& c) {
+           cuda::DecodeDown args;
+           args.rows = c.step.batch.tokens;
+           args.hidden = hidden;
+           args.width = width;
+           args.routed = routed;
+           args.shared_down = shared_down;
+           args.shared_width = shared;
+           args.shared_gate_logit = gates;
+           args.h = h;
+           args.y = program->rows(c.rank, residual);
+           return args;
+         });
     return true;
   }
 
@@ -345,24 +374,72 @@ class DecodePlanBuilder {
   std::byte* next_gate_ = nullptr;
 };
 
-Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context) {
-  return DecodePlanBuilder(program, max_context).build();
+Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context, bool persistent) {
+  TS_ASSIGN_OR_RETURN(DecodePlan plan, DecodePlanBuilder(program, max_context).build());
+  if (persistent && !plan.empty()) {
+    TS_ASSIGN_OR_RETURN(plan.barrier_, DeviceMemory::allocate(cuda::kDecodePhasesWorkspaceBytes, "decoding"));
+  }
+  return plan;
 }
 
-Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context) const {
+namespace {
+
+struct LaunchPhase {
+  cuda::Launch launch;
+  Status operator()(const cuda::DecodeLinear& args) const { return cuda::decode_linear(args, launch); }
+  Status operator()(const kernels::GdnMixer& args) const { return cuda::decode_gdn(args, launch); }
+  Status operator()(const cuda::DecodeAttention& args) const { return cuda::decode_attention(args, launch); }
+  Status operator()(const cuda::DecodeGateUp& args) const { return cuda::decode_gate_up(args, launch); }
+  Status operator()(const cuda::DecodeDown& args) const { return cuda::decode_down(args, launch); }
+};
+
+}  // namespace
+
+Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
+                            const LaunchObserver& observe) const {
   const Context context = {rank, step, max_context};
+  return barrier_.size() > 0 && !observe ? run_together(context) : run_singly(context, observe);
+}
+
+Status DecodePlan::run_singly(const Context& context, const LaunchObserver& observe) const {
+  const cuda::Launch launch = {.stream = context.rank.streams[0]};
   for (const Call& call : calls_) {
-    Status status = call.run(context);
+    if (observe) TS_RETURN_IF_ERROR(observe(call.parts));
+    Status status = call.phase ? std::visit(LaunchPhase{launch}, call.phase(context)) : call.run(context);
     if (status.ok()) continue;
-    return std::move(status).with_context("operation '" + program_->program().operations[call.operation].name + "'");
+    return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
   }
   return {};
 }
 
-Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step) const {
+Status DecodePlan::run_together(const Context& context) const {
+  const cuda::Launch launch = {.stream = context.rank.streams[0]};
+  std::vector<cuda::DecodePhase> phases;
+  const auto launch_phases = [&]() -> Status {
+    if (phases.empty()) return {};
+    TS_RETURN_IF_ERROR(cuda::decode_phases(phases, barrier_.data(), launch));
+    phases.clear();
+    return {};
+  };
+  for (const Call& call : calls_) {
+    if (call.phase) {
+      phases.push_back(call.phase(context));
+      continue;
+    }
+    TS_RETURN_IF_ERROR(launch_phases());
+    TS_RETURN_IF_ERROR(call.run(context));
+  }
+  return launch_phases();
+}
+
+Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe) const {
   const compile::Program& program = program_->program();
   for (int32_t i = program.head_begin; i < static_cast<int32_t>(program.operations.size()); ++i) {
     const Operation& op = program.operations[i];
+    if (observe) {
+      const OperationPart part = {.operation = i};
+      TS_RETURN_IF_ERROR(observe({&part, 1}));
+    }
     if (op.kind != OpKind::kLinear) {
       TS_RETURN_IF_ERROR(call_operation(*program_, rank, step, i));
       continue;

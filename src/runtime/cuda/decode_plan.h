@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "compile/program.h"
+#include "kernels/cuda/decode.h"
 #include "runtime/cuda/cuda_program.h"
 
 namespace tokenspeed::runtime {
@@ -14,12 +15,14 @@ class DecodePlan {
  public:
   DecodePlan() = default;
   // Empty when the Program has operations or sizes that the fused kernels do not take. `program` must outlive the plan.
-  static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
+  // persistent: consecutive phases are one launch, with barriers of the whole GPU between them.
+  static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context, bool persistent);
   bool empty() const { return calls_.empty(); }
 
   // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, and as many wanted ones.
-  Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context) const;
-  Status run_head(const CudaRank& rank, const CudaStep& step) const;
+  Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
+                  const LaunchObserver& observe = {}) const;
+  Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
 
  private:
   friend class DecodePlanBuilder;
@@ -29,11 +32,16 @@ class DecodePlan {
     int64_t max_context;
   };
   struct Call {
-    int32_t operation;
+    std::vector<OperationPart> parts;                                 // the first names the call
+    std::function<kernels::cuda::DecodePhase(const Context&)> phase;  // or, where there is no fused kernel,
     std::function<Status(const Context&)> run;
   };
+  Status run_singly(const Context& context, const LaunchObserver& observe) const;
+  Status run_together(const Context& context) const;
+
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
+  DeviceMemory barrier_;  // of persistent phases; empty: every phase is a launch
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
 };
 

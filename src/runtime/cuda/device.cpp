@@ -1,12 +1,18 @@
 #include "runtime/cuda/device.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+
+#include "kernels/cuda/cublas_library.h"
 
 namespace tokenspeed::runtime {
 namespace {
 
 constexpr int kLeastComputeMajor = 9;
+
+std::atomic<int32_t> allocations_until_failure{-1};
+bool fails_in_test() { return allocations_until_failure >= 0 && allocations_until_failure-- == 0; }
 
 std::string gigabytes(int64_t bytes) {
   char text[32];
@@ -28,6 +34,7 @@ Result<Device> open_device(int32_t ordinal) {
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
+    if (driver == 0) return failed_precondition("this machine has no NVIDIA driver; run with --device cpu");
     return failed_precondition(
         "the NVIDIA driver supports CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
         ", this program needs CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
@@ -48,6 +55,7 @@ Result<Device> open_device(int32_t ordinal) {
                                std::to_string(properties.major) + "." + std::to_string(properties.minor) +
                                "; the kernels need 9.0 (Hopper). Use another GPU, or run with --device cpu");
   }
+  TS_RETURN_IF_ERROR(kernels::cuda::find_cublas());
   TS_RETURN_IF_ERROR(cuda_check(cudaSetDevice(ordinal), "choosing the GPU"));
   return Device{ordinal, properties.name, properties.multiProcessorCount,
                 static_cast<int64_t>(properties.totalGlobalMem), free_device_memory()};
@@ -72,12 +80,14 @@ Result<CudaEvent> make_event(bool timed) {
   return CudaEvent(event);
 }
 
+void fail_allocation(int32_t n) { allocations_until_failure = n; }
+
 Result<DeviceMemory> DeviceMemory::allocate(int64_t bytes, const std::string& purpose) {
   DeviceMemory memory;
   memory.size_ = bytes;
   if (bytes == 0) return memory;
   void* data = nullptr;
-  const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes));
+  const cudaError_t error = fails_in_test() ? cudaErrorMemoryAllocation : cudaMalloc(&data, static_cast<size_t>(bytes));
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // not sticky: the next launch must not report it
     return resource_exhausted("the GPU has no " + gigabytes(bytes) + " for " + purpose + "; " +
@@ -85,7 +95,10 @@ Result<DeviceMemory> DeviceMemory::allocate(int64_t bytes, const std::string& pu
   }
   TS_RETURN_IF_ERROR(cuda_check(error, "allocating GPU memory"));
   memory.memory_ = CudaOwner<void*, cudaFree>(data);
+  // The clearing is done before this returns: streams made by make_stream() do not wait for it, and would find what
+  // they wrote cleared away later.
   TS_RETURN_IF_ERROR(cuda_check(cudaMemset(data, 0, static_cast<size_t>(bytes)), "clearing GPU memory"));
+  TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(cudaStreamLegacy), "clearing GPU memory"));
   return memory;
 }
 
@@ -95,7 +108,8 @@ Result<PinnedMemory> PinnedMemory::allocate(int64_t bytes, const std::string& pu
   if (bytes == 0) return memory;
   void* data = nullptr;
   const cudaError_t error =
-      cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
+      fails_in_test() ? cudaErrorMemoryAllocation
+                      : cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     return resource_exhausted("the system has no " + gigabytes(bytes) + " of page-locked memory for " + purpose +

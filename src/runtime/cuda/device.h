@@ -22,8 +22,8 @@ struct Device {
   int64_t free_bytes = 0;  // when it was opened
 };
 
-// Makes the GPU current for this thread. failed_precondition: there is none, its driver is too old for this program, or
-// its compute capability is below 9.0; not_found: no GPU of that ordinal.
+// Makes the GPU current for this thread. failed_precondition: there is none, its driver is too old for this program,
+// its compute capability is below 9.0, or cuBLASLt is not installed; not_found: no GPU of that ordinal.
 Result<Device> open_device(int32_t ordinal);
 int64_t free_device_memory();
 
@@ -53,6 +53,10 @@ using Stream = CudaOwner<cudaStream_t, cudaStreamDestroy>;
 using CudaEvent = CudaOwner<cudaEvent_t, cudaEventDestroy>;
 Result<Stream> make_stream();
 Result<CudaEvent> make_event(bool timed);
+
+// Tests only: the n-th allocation of the two classes below from now on (0: the next) fails for want of memory; -1:
+// none.
+void fail_allocation(int32_t n);
 
 // Zeroed. resource_exhausted names the purpose, the size and what is free.
 class DeviceMemory {

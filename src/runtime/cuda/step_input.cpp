@@ -29,6 +29,7 @@ Result<StepInput> StepInput::allocate(const Capacity& capacity) {
   layout.state_in = place(sequences * 4);
   layout.state_out = place(sequences * 4);
   layout.wanted = place(sequences * 4);
+  layout.sampling = place(sequences * static_cast<int64_t>(sizeof(kernels::cuda::DecodeSampleRow)));
   layout.changes = place(kMostChanges * static_cast<int64_t>(sizeof(kernels::cuda::PageChange)));
   layout.ids = place(int64_t{capacity.max_step_tokens} * 4);
   layout.more_wanted = place(int64_t{capacity.max_step_tokens} * 4);
@@ -66,7 +67,7 @@ void StepInput::note_pages(int32_t sequence, const SequenceStep& step) {
 }
 
 void StepInput::fill(const StepBatch& batch, std::span<const SequenceStep> sequences, std::span<const int32_t> wanted,
-                     uint64_t number) {
+                     std::span<const kernels::cuda::DecodeSampleRow> sampling, uint64_t number) {
   std::byte* host = host_.data();
   const kernels::SequenceBatch& from = batch.batch();
   *at<uint64_t>(host, 0) = number;
@@ -76,6 +77,7 @@ void StepInput::fill(const StepBatch& batch, std::span<const SequenceStep> seque
   std::copy_n(from.state_in, from.sequences, at<int32_t>(host, layout_.state_in));
   std::copy_n(from.state_out, from.sequences, at<int32_t>(host, layout_.state_out));
   std::copy_n(batch.token_ids(), from.tokens, at<int32_t>(host, layout_.ids));
+  std::copy(sampling.begin(), sampling.end(), at<kernels::cuda::DecodeSampleRow>(host, layout_.sampling));
   const bool few = few_wanted(static_cast<int32_t>(wanted.size()));
   std::copy(wanted.begin(), wanted.end(), at<int32_t>(host, few ? layout_.wanted : layout_.more_wanted));
   used_bytes_ = few ? layout_.ids + int64_t{from.tokens} * 4 : layout_.bytes;

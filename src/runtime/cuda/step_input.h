@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/cuda/decode.h"
 #include "kernels/cuda/step.h"
 #include "runtime/cuda/cuda_program.h"
 #include "runtime/cuda/device.h"
@@ -18,8 +19,9 @@ class StepInput {
   static Result<StepInput> allocate(const Capacity& capacity);
 
   // Lays the step out in the block; the block of the last step must have arrived. `wanted` are rows of the step.
+  // `sampling` are the parameters of the first wanted rows, at most max_sequences of them.
   void fill(const StepBatch& batch, std::span<const SequenceStep> sequences, std::span<const int32_t> wanted,
-            uint64_t number);
+            std::span<const kernels::cuda::DecodeSampleRow> sampling, uint64_t number);
   // Sends the block (not captured in graphs), then works it out on the device (captured).
   Status send(cudaStream_t stream);
   Status expand(int32_t sequences, int32_t tokens, cudaStream_t stream) const;
@@ -27,11 +29,14 @@ class StepInput {
   // Device pointers for a step of these sizes.
   CudaStep step(int32_t sequences, int32_t tokens, int32_t wanted) const;
   const uint64_t* device_number() const { return at<const uint64_t>(device_.data(), 0); }
+  const kernels::cuda::DecodeSampleRow* device_sampling() const {
+    return at<const kernels::cuda::DecodeSampleRow>(device_.data(), layout_.sampling);
+  }
 
  private:
   // Byte offsets in the block. The token ids come after everything whose size does not depend on the step.
   struct Layout {
-    int64_t change_count, token_begin, context, state_in, state_out, changes, wanted, ids, more_wanted, bytes;
+    int64_t change_count, token_begin, context, state_in, state_out, sampling, changes, wanted, ids, more_wanted, bytes;
   };
   template <typename T>
   static T* at(std::byte* base, int64_t offset) {

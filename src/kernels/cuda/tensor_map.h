@@ -1,0 +1,22 @@
+// Descriptions of matrices for the copy engine that fetches tiles (cp.async.bulk.tensor).
+//
+// A tile is `box_rows` rows of `box_columns` columns; in shared memory its rows lie one after the other, 16-byte chunks
+// exchanged within 128 (or 64) bytes by the row's number, as swizzled<128>() does for rows of 128 bytes. Elements outside
+// the matrix arrive as zeros and count as bytes. A map is a kernel parameter (__grid_constant__ const CUtensorMap).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace tokenspeed::kernels::cuda {
+
+// data 16-byte aligned, row_bytes a multiple of 16, box_columns 128 or 64 bytes. Costs a microsecond on the host. The
+// errors are programming errors and end the process with a sentence.
+CUtensorMap tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows,
+                       int box_columns);
+
+}  // namespace tokenspeed::kernels::cuda
