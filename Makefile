@@ -59,7 +59,7 @@ test-client: build development-dependencies
 # The fast sets of every room under AddressSanitizer with UndefinedBehaviorSanitizer, and of those that have threads
 # under ThreadSanitizer, which runs fifteen times slower: one model of the runtime's stands for all there.
 ASAN_ROOMS = base text compile model kernels cache runtime engine server app
-TSAN_ROOMS = base text kernels runtime engine server
+TSAN_ROOMS = base kernels runtime engine server
 TSAN_TESTS = -*Golden*:*/moe_*:EqualityProperty.*
 sanitizers: dependencies
 	cmake --preset asan-ubsan

@@ -85,7 +85,8 @@ class Arena {
     m.k = k;
     m.dtype = fp8 ? DType::kFloat8E4M3 : DType::kBFloat16;
     m.data = filled(n * k * count * (fp8 ? 1 : 2), fp8 ? Fill::kFp8 : Fill::kBf16, 0.03f);
-    if (fp8) m.scale = upload(std::vector<float>(static_cast<size_t>((n + 127) / 128 * ((k + 127) / 128) * count), 1.2e-4f));
+    if (fp8)
+      m.scale = upload(std::vector<float>(static_cast<size_t>((n + 127) / 128 * ((k + 127) / 128) * count), 1.2e-4f));
     return m;
   }
   template <typename T>

@@ -1,10 +1,10 @@
-// Times every op of one step of many tokens at the shapes of qwen3.5-35b-a3b on random weights and adds them up over the
-// layers: where the time to the first token goes.
+// Times every op of one step of many tokens at the shapes of qwen3.5-35b-a3b on random weights and adds them up over
+// the layers: where the time to the first token goes.
 //
 //   prefill_ops_bench [--rows T] [--context N] [--sequences S] [--dtype fp8|bf16]
 //
-// One sequence of T rows after N tokens (or S of them). Medians of event-timed calls; FLOP/s against 790 TFLOP/s (a large
-// bfloat16 product of this machine) and the bytes an op must move against 4.6 TB/s.
+// One sequence of T rows after N tokens (or S of them). Medians of event-timed calls; FLOP/s against 790 TFLOP/s (a
+// large bfloat16 product of this machine) and the bytes an op must move against 4.6 TB/s.
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -101,8 +101,8 @@ class Bench {
   }
 
   void run() {
-    printf("T=%lld context=%lld sequences=%lld %s\n", static_cast<long long>(o_.rows), static_cast<long long>(o_.context),
-           static_cast<long long>(o_.sequences), o_.fp8 ? "fp8" : "bf16");
+    printf("T=%lld context=%lld sequences=%lld %s\n", static_cast<long long>(o_.rows),
+           static_cast<long long>(o_.context), static_cast<long long>(o_.sequences), o_.fp8 ? "fp8" : "bf16");
     norm();
     gdn();
     attention();
@@ -126,7 +126,8 @@ class Bench {
   }
 
   void linear(const char* name, int layers, int64_t n, int64_t k, bool fp8, DType y_dtype = DType::kBFloat16) {
-    Linear args{.rows = o_.rows, .x = a_.rows(o_.rows, k), .weight = a_.matrix(n, k, fp8), .y = a_.rows(o_.rows, n, y_dtype)};
+    Linear args{
+        .rows = o_.rows, .x = a_.rows(o_.rows, k), .weight = a_.matrix(n, k, fp8), .y = a_.rows(o_.rows, n, y_dtype)};
     args.workspace = a_.take(cuda::linear_workspace_bytes(o_.rows, k));
     const double bytes = rows() * (k + n) * 2 + static_cast<double>(n) * k * (fp8 ? 1 : 2);
     table_.add(name, layers, 2.0 * rows() * n * k, bytes,
@@ -177,10 +178,12 @@ class Bench {
     show("delta rule, by chunks", rule_flops, rule_bytes,
          bench::time_microseconds([&] { cuda::chunked_rule(rule, chunk_space, nullptr); }));
     show("gated norm", 0, rows() * values * 6, bench::time_microseconds([&] {
-           cuda::gated_rms_norm({o_.rows, kValueHeads, 128, out, part(qkvz, shape.channels()), norm, 1e-6f, out}, nullptr);
+           cuda::gated_rms_norm({o_.rows, kValueHeads, 128, out, part(qkvz, shape.channels()), norm, 1e-6f, out},
+                                nullptr);
          }));
-    const GdnMixer mixer{shape, batch_, state, qkvz, part(qkvz, shape.channels()), ba, part(ba, kValueHeads), taps, a_log,
-                         dt_bias, norm, 1e-6f, out, workspace};
+    const GdnMixer mixer{
+        shape, batch_, state, qkvz,     part(qkvz, shape.channels()), ba, part(ba, kValueHeads), taps, a_log, dt_bias,
+        norm,  1e-6f,  out,   workspace};
     table_.add("gdn_mixer", kGdnLayers, rule_flops, rows() * (shape.channels() + 2 * values) * 2,
                bench::time_microseconds([&] { cuda::gdn_mixer(mixer, nullptr); }));
     linear("gdn out_proj", kGdnLayers, kHidden, values, o_.fp8);
@@ -192,21 +195,29 @@ class Bench {
     const int64_t query = kQueryHeads * kHeadDim, kv = kKvHeads * kHeadDim, stride = 2 * query + 2 * kv;
     linear("attention q+k+v_proj", kAttentionLayers, stride, kHidden, o_.fp8);
     const int64_t cache = pages_ * o_.sequences * kPageSize * kv * 2;
-    const KvPages pages{a_.filled(cache, Fill::kBf16, 1.0f), a_.filled(cache, Fill::kBf16, 1.0f), DType::kBFloat16,
-                        kPageSize, kKvHeads, kHeadDim};
+    const KvPages pages{a_.filled(cache, Fill::kBf16, 1.0f),
+                        a_.filled(cache, Fill::kBf16, 1.0f),
+                        DType::kBFloat16,
+                        kPageSize,
+                        kKvHeads,
+                        kHeadDim};
     const Rows projected = a_.rows(o_.rows, stride), queries = a_.rows(o_.rows, query), out = a_.rows(o_.rows, query);
     const float* const norm = a_.floats(kHeadDim, 0.1f);
-    table_.add("attention_prepare", kAttentionLayers, 0, rows() * (2 * query + 4 * kv) * 2, bench::time_microseconds([&] {
+    table_.add("attention_prepare", kAttentionLayers, 0, rows() * (2 * query + 4 * kv) * 2,
+               bench::time_microseconds([&] {
                  cuda::attention_prepare({shape, batch_, pages, projected, part(projected, 2 * query),
                                           part(projected, 2 * query + kv), norm, norm, 1e-6f, queries},
                                          nullptr);
                }));
     const double length = rows() / o_.sequences;
     const double pairs = rows() * (o_.context + (length + 1) / 2);
-    table_.add("paged_attention", kAttentionLayers, 4 * pairs * query, rows() * query * 6, bench::time_microseconds([&] {
-                 cuda::paged_attention(
-                     {shape, batch_, pages, queries, part(projected, kHeadDim), 2 * kHeadDim, out}, nullptr);
-               }, 2, 3));
+    table_.add("paged_attention", kAttentionLayers, 4 * pairs * query, rows() * query * 6,
+               bench::time_microseconds(
+                   [&] {
+                     cuda::paged_attention(
+                         {shape, batch_, pages, queries, part(projected, kHeadDim), 2 * kHeadDim, out}, nullptr);
+                   },
+                   2, 3));
     linear("attention o_proj", kAttentionLayers, kHidden, query, o_.fp8);
   }
 
@@ -219,10 +230,18 @@ class Bench {
                  cuda::moe_router({o_.rows, kExperts, kTopK, true, logits, ids, weights}, nullptr);
                }));
     const int64_t element = o_.fp8 ? 1 : 2;
-    MoeExperts args{.rows = o_.rows, .experts = kExperts, .top_k = kTopK, .hidden = kHidden, .width = kWidth,
-                    .x = a_.rows(o_.rows, kHidden), .gate_up = a_.matrix(2 * kWidth, kHidden, o_.fp8, kExperts),
-                    .gate_up_stride = 2 * kWidth * kHidden * element, .down = a_.matrix(kHidden, kWidth, o_.fp8, kExperts),
-                    .down_stride = kHidden * kWidth * element, .expert_ids = ids, .expert_weights = weights,
+    MoeExperts args{.rows = o_.rows,
+                    .experts = kExperts,
+                    .top_k = kTopK,
+                    .hidden = kHidden,
+                    .width = kWidth,
+                    .x = a_.rows(o_.rows, kHidden),
+                    .gate_up = a_.matrix(2 * kWidth, kHidden, o_.fp8, kExperts),
+                    .gate_up_stride = 2 * kWidth * kHidden * element,
+                    .down = a_.matrix(kHidden, kWidth, o_.fp8, kExperts),
+                    .down_stride = kHidden * kWidth * element,
+                    .expert_ids = ids,
+                    .expert_weights = weights,
                     .y = a_.rows(o_.rows, kHidden)};
     args.workspace = a_.take(cuda::moe_experts_workspace_bytes(o_.rows, kExperts, kTopK, kHidden, kWidth));
     const double weight_bytes = 3.0 * kWidth * kHidden * kExperts * element;

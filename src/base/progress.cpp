@@ -20,7 +20,7 @@ std::string Progress::line(int64_t done) const {
   const double elapsed = seconds();
   const double percent = total_ > 0 ? 100.0 * static_cast<double>(done) / static_cast<double>(total_) : 100.0;
   if (unit_ == "bytes") {
-    return fmt::format("{}: {:.0f}%  {:.2f} GB in {:.1f} s ({:.2f} GB/s)", label_, percent,
+    return fmt::format("{}: {:.0f}%  {:.2f} GB in {:.2f} s ({:.2f} GB/s)", label_, percent,
                        static_cast<double>(done) / 1e9, elapsed, static_cast<double>(done) / 1e9 / elapsed);
   }
   return fmt::format("{}: {:.0f}%  {} {} in {:.1f} s", label_, percent, done, unit_, elapsed);

@@ -129,17 +129,19 @@ Result<CpuWeights> CpuWeights::load(std::span<const compile::Program* const> pro
   }
   std::vector<Plan> plans;
   int64_t bytes = 0;
+  int64_t unpadded_bytes = 0;
   for (const auto& [name, weight] : wanted) {
     TS_ASSIGN_OR_RETURN(Plan plan, plan_weight(*weight, source, layout));
     plan.offset = bytes;
     bytes += plan.matrix_bytes * weight->count;
+    unpadded_bytes += row_bytes(plan) * weight->rows * weight->count;
     plans.push_back(std::move(plan));
   }
 
   CpuWeights loaded;
   TS_ASSIGN_OR_RETURN(loaded.memory_, HostMemory::allocate(bytes, "the weights"));
   {
-    Progress progress("loading weights", bytes);
+    Progress progress("loading weights", unpadded_bytes);
     const std::vector<Task> tasks = split(plans);
     pool->parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
       fill(tasks[i], loaded.memory_.data());

@@ -20,7 +20,7 @@ constexpr double kRoundingTolerance = 3e-3;      // one bfloat16 rounding of the
 constexpr double kTwoRoundingsTolerance = 6e-3;  // the separate reference steps round between them
 constexpr double kAttentionTolerance = 6e-3;     // probabilities in bfloat16
 constexpr double kStateTolerance = 5e-3;         // recurrent state from bfloat16 q, k, v
-constexpr double kAlikeTolerance = 3e-2;  // chunked rule, all keys alike: bfloat16 differences that telescope
+constexpr double kAlikeTolerance = 3e-2;         // chunked rule, all keys alike: bfloat16 differences that telescope
 constexpr double kMixerTolerance = 1.5e-2;
 constexpr double kExpertsTolerance = 8e-3;
 constexpr double kFp8Tolerance = 5e-2;         // activations quantised to e4m3
@@ -383,8 +383,8 @@ TEST(ManyTokenGdn, SeparateSteps) {
   }
 }
 
-// By chunks of 64 tokens: partial chunks, several sequences, some too short for it (left to recurrent_rule), states from
-// before. With `alike` all keys are nearly one, betas near 1 and decays near none: the hardest triangular systems.
+// By chunks of 64 tokens: partial chunks, several sequences, some too short for it (left to recurrent_rule), states
+// from before. With `alike` all keys are nearly one, betas near 1 and decays near none: the hardest triangular systems.
 TEST(ManyTokenGdn, ChunkedRule) {
   Random random(fresh_seed());
   for (const int64_t group : {1, 2, 3, 4}) {

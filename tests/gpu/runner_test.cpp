@@ -273,28 +273,28 @@ TEST(CudaRunner, LargeShapesRightAfterLoading) {
   EXPECT_EQ(first[0].size(), 4u);
 }
 
-// The fused kernels against the ones for any number of tokens, on those shapes with bfloat16 weights.
+// The fused kernels against the ones for any number of tokens, without experts: no close choice to turn. Eight rows of
+// the wide projection take two launches.
 TEST(CudaRunner, FusedStepsEqualOthersOnLargeShapes) {
-  compile::ModelConfig config = must(model::find_preset("qwen3.5-35b-a3b"));
+  compile::ModelConfig config = must(model::find_preset("qwen3.5-4b"));
   config.layers.resize(4);
   const auto source = must(model::DummyWeights::create(config));
   const compile::ModelGraph graph = must(model::build_graph(config));
-  const Case given = {{5, 7000, 140000, 248000, 99, 31337}, 3};
+  const Case given = {{5, 7000, 140000, 248000, 99, 31337, 1, 77}, 3};
   Output outputs[2];
   for (const bool fused : {false, true}) {
     CudaRunnerOptions options = cuda_options();
     options.fused_decode = fused;
     const auto runner = must(CudaRunner::create(graph, *source, options));
     EXPECT_EQ(runner->decodes_fused(), fused);
-    outputs[fused] = run_one(runner.get(), given, 6);
+    outputs[fused] = run_one(runner.get(), given, 8);
   }
-  std::vector<float> errors;
-  for (int64_t row = 0; row < 6; ++row) {
-    errors.push_back(relative_error(row_of(outputs[1], row, config.vocabulary_size),
-                                    row_of(outputs[0], row, config.vocabulary_size)));
+  for (int64_t row = 0; row < 8; ++row) {
+    EXPECT_LE(relative_error(row_of(outputs[1], row, config.vocabulary_size),
+                             row_of(outputs[0], row, config.vocabulary_size)),
+              kDenseTolerance)
+        << row;
   }
-  std::sort(errors.begin(), errors.end());
-  EXPECT_LE(errors[2], kDenseTolerance) << "of the others: " << errors[0] << " to " << errors[5];
 }
 
 // One rank of a layout whose collectives are left out: to measure it, or not at all.

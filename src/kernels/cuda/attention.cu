@@ -1,5 +1,5 @@
-// Causal attention over paged keys and values for many query rows: tiles of 64 (token, head of the group) rows per block,
-// blocks of 64 keys through shared memory, online softmax in registers.
+// Causal attention over paged keys and values for many query rows: tiles of 64 (token, head of the group) rows per
+// block, blocks of 64 keys through shared memory, online softmax in registers.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/tensor_core.cuh"
@@ -19,17 +19,19 @@ struct Shared {
 };
 
 template <int kHeadDim>
-__device__ inline void load_block(uint32_t shared, const void* pages, const KvPages& layout, const int32_t* table, int head,
-                                  int first, int count) {
+__device__ inline void load_block(uint32_t shared, const void* pages, const KvPages& layout, const int32_t* table,
+                                  int head, int first, int count) {
   constexpr int kChunks = kHeadDim / 8;
   for (int i = threadIdx.x; i < kAttentionBlock * kChunks; i += kThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
     const int position = min(first + row, count - 1);
-    const int64_t at = (static_cast<int64_t>(table[position / layout.page_size]) * layout.page_size +
-                        position % layout.page_size) * layout.heads + head;
-    copy16_async(shared + swizzled<kHeadDim * 2>(row, chunk), static_cast<const bf16*>(pages) + at * kHeadDim + chunk * 8,
-                 first + row < count);
+    const int64_t at =
+        (static_cast<int64_t>(table[position / layout.page_size]) * layout.page_size + position % layout.page_size) *
+            layout.heads +
+        head;
+    copy16_async(shared + swizzled<kHeadDim * 2>(row, chunk),
+                 static_cast<const bf16*>(pages) + at * kHeadDim + chunk * 8, first + row < count);
   }
 }
 
@@ -54,7 +56,8 @@ __device__ inline void score(float (&s)[kAttentionBlock / 8][4], uint32_t query,
 
 // O += P V.
 template <int kHeadDim>
-__device__ inline void accumulate(float (&o)[kHeadDim / 8][4], const float (&p)[kAttentionBlock / 8][4], uint32_t values) {
+__device__ inline void accumulate(float (&o)[kHeadDim / 8][4], const float (&p)[kAttentionBlock / 8][4],
+                                  uint32_t values) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < kAttentionBlock / 16; ++k) {
@@ -94,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(PagedAttention args
     const int head = kv_head * group + row % group;
     const bf16* from = static_cast<const bf16*>(args.query.data) + (first_token + row / group) * args.query.stride +
                        head * kHeadDim + i % kChunks * 8;
-    copy16_async(query + swizzled<kHeadDim * 2>(i / kChunks, i % kChunks), from, tile.first_row + i / kChunks < tile.rows);
+    copy16_async(query + swizzled<kHeadDim * 2>(i / kChunks, i % kChunks), from,
+                 tile.first_row + i / kChunks < tile.rows);
   }
   const uint32_t keys = shared_address(shared.keys);
   const uint32_t values = shared_address(shared.values);
@@ -205,9 +209,12 @@ void launch(const PagedAttention& args, cudaStream_t stream) {
 
 void paged_attention(const PagedAttention& args, cudaStream_t stream) {
   switch (args.shape.head_dim) {
-    case 64: return launch<64>(args, stream);
-    case 128: return launch<128>(args, stream);
-    default: return attends_by_warpgroups(args) ? warpgroup_attention(args, stream) : launch<256>(args, stream);
+    case 64:
+      return launch<64>(args, stream);
+    case 128:
+      return launch<128>(args, stream);
+    default:
+      return attends_by_warpgroups(args) ? warpgroup_attention(args, stream) : launch<256>(args, stream);
   }
 }
 

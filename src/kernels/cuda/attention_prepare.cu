@@ -1,5 +1,5 @@
-// Everything between the projections and the attention itself, fused and as separate steps: one warp per head of a token,
-// a block has a few tokens and computes their angles once.
+// Everything between the projections and the attention itself, fused and as separate steps: one warp per head of a
+// token, a block has a few tokens and computes their angles once.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/device.cuh"
 
@@ -15,19 +15,27 @@ struct HeadValues {
 
   __device__ void load(const bf16* p) {
     p += threadIdx.x % kWarp * kPerLane;
-    if constexpr (kPerLane == 8) return load8(p, v);
+    if constexpr (kPerLane == 8) {
+      load8(p, v);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 2) {
-      const float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p + i));
-      v[i] = pair.x;
-      v[i + 1] = pair.y;
+      for (int i = 0; i < kPerLane; i += 2) {
+        const float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p + i));
+        v[i] = pair.x;
+        v[i + 1] = pair.y;
+      }
     }
   }
   __device__ void store(bf16* p) const {
     p += threadIdx.x % kWarp * kPerLane;
-    if constexpr (kPerLane == 8) return store8(p, v);
+    if constexpr (kPerLane == 8) {
+      store8(p, v);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 2) *reinterpret_cast<__nv_bfloat162*>(p + i) = __floats2bfloat162_rn(v[i], v[i + 1]);
+      for (int i = 0; i < kPerLane; i += 2) {
+        *reinterpret_cast<__nv_bfloat162*>(p + i) = __floats2bfloat162_rn(v[i], v[i + 1]);
+      }
+    }
   }
   __device__ void norm(const float* weight, float epsilon) {
     float squares = 0;
@@ -56,22 +64,24 @@ struct HeadValues {
 constexpr int kMaxRotaryPairs = 128;
 constexpr int kBlockTokens = 4;
 
-// Cosine and sine, rounded to bfloat16, of every pair at the positions of the block's tokens. The frequencies are computed
-// in double: at long contexts a float32 exponential would be radians off.
+// Cosine and sine, rounded to bfloat16, of every pair at the positions of the block's tokens. The frequencies are
+// computed in double: at long contexts a float32 exponential would be radians off.
 __device__ const float2 (*turns_of(const int32_t* position, int64_t first_token, int64_t tokens, int rotary_dim,
                                    float theta))[kMaxRotaryPairs] {
   __shared__ float frequencies[kMaxRotaryPairs];
   __shared__ float2 turns[kBlockTokens][kMaxRotaryPairs];
   const int pairs = rotary_dim / 2;
   if (static_cast<int>(threadIdx.x) < pairs) {
-    frequencies[threadIdx.x] = 1.0f / static_cast<float>(pow(static_cast<double>(theta), 2.0 * threadIdx.x / rotary_dim));
+    frequencies[threadIdx.x] =
+        1.0f / static_cast<float>(pow(static_cast<double>(theta), 2.0 * threadIdx.x / rotary_dim));
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kBlockTokens * pairs; i += blockDim.x) {
     const int64_t token = min(first_token + i / pairs, tokens - 1);
     float sine, cosine;
     sincosf(position[token] * frequencies[i % pairs], &sine, &cosine);
-    turns[i / pairs][i % pairs] = make_float2(__bfloat162float(__float2bfloat16(cosine)), __bfloat162float(__float2bfloat16(sine)));
+    turns[i / pairs][i % pairs] =
+        make_float2(__bfloat162float(__float2bfloat16(cosine)), __bfloat162float(__float2bfloat16(sine)));
   }
   __syncthreads();
   return turns;
@@ -134,7 +144,8 @@ __global__ void rope_kernel(Rope args) {
   const int64_t left = args.tokens - first_token;
   const int count = static_cast<int>(left < kBlockTokens ? left : kBlockTokens) * heads;
   for (int i = threadIdx.x / kWarp; i < count; i += kWarpsPerBlock) {
-    bf16* const at = static_cast<bf16*>(args.x.data) + (first_token + i / heads) * args.x.stride + i % heads * kPerLane * kWarp;
+    bf16* const at =
+        static_cast<bf16*>(args.x.data) + (first_token + i / heads) * args.x.stride + i % heads * kPerLane * kWarp;
     HeadValues<kPerLane> values;
     values.load(at);
     values.rotate(rotary_dim, turns[i / heads]);
@@ -191,20 +202,28 @@ unsigned blocks_for(int64_t work) { return static_cast<unsigned>(ceil_div(work, 
 }  // namespace
 
 void split_query_gate(const SplitQueryGate& args, cudaStream_t stream) {
-  split_kernel<<<blocks_for(args.tokens * args.shape.query_heads * 2 * args.shape.head_dim / 8), kThreads, 0, stream>>>(args);
+  split_kernel<<<blocks_for(args.tokens * args.shape.query_heads * 2 * args.shape.head_dim / 8), kThreads, 0, stream>>>(
+      args);
 }
 
 void rope(const Rope& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(args.tokens, kBlockTokens));
   switch (args.shape.head_dim) {
-    case 64: rope_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
-    case 128: rope_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
-    default: rope_kernel<8><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
+    case 64:
+      rope_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
+    case 128:
+      rope_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
+    default:
+      rope_kernel<8><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
   }
 }
 
 void kv_write(const KvWrite& args, cudaStream_t stream) {
-  kv_write_kernel<<<blocks_for(args.batch.tokens * args.shape.kv_heads * args.shape.head_dim / 8), kThreads, 0, stream>>>(args);
+  kv_write_kernel<<<blocks_for(args.batch.tokens * args.shape.kv_heads * args.shape.head_dim / 8), kThreads, 0,
+                    stream>>>(args);
 }
 
 void sigmoid_multiply(const SigmoidMultiply& args, cudaStream_t stream) {
@@ -214,9 +233,15 @@ void sigmoid_multiply(const SigmoidMultiply& args, cudaStream_t stream) {
 void attention_prepare(const AttentionPrepare& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(args.batch.tokens, kBlockTokens));
   switch (args.shape.head_dim) {
-    case 64: prepare_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
-    case 128: prepare_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
-    default: prepare_kernel<8><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args); break;
+    case 64:
+      prepare_kernel<2><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
+    case 128:
+      prepare_kernel<4><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
+    default:
+      prepare_kernel<8><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+      break;
   }
 }
 

@@ -28,8 +28,8 @@ __device__ inline bool find_query_tile(const SequenceBatch& batch, int group, in
   return false;
 }
 
-// paged_attention on warpgroup products: head_dim 256, pages of 8, 16, 32 or a multiple of 64 positions, rows that begin at
-// 16 bytes.
+// paged_attention on warpgroup products: head_dim 256, pages of 8, 16, 32 or a multiple of 64 positions, rows that
+// begin at 16 bytes.
 bool attends_by_warpgroups(const PagedAttention& args);
 void warpgroup_attention(const PagedAttention& args, cudaStream_t stream);
 

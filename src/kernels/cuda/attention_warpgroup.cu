@@ -1,6 +1,6 @@
-// Causal attention over paged keys and values, head_dim 256, for many query rows: a block has 128 rows (token, head of the
-// group), 64 per warpgroup. One warp fetches blocks of 64 keys and values with the copy engine; S = Q K^T of the next block
-// runs while the softmax of this one is computed, and O += P V takes P from registers.
+// Causal attention over paged keys and values, head_dim 256, for many query rows: a block has 128 rows (token, head of
+// the group), 64 per warpgroup. One warp fetches blocks of 64 keys and values with the copy engine; S = Q K^T of the
+// next block runs while the softmax of this one is computed, and O += P V takes P from registers.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -77,10 +77,13 @@ __device__ inline void fetch(const PagedAttention& args, const CUtensorMap& key_
 }
 
 // A barrier of one warpgroup.
-__device__ inline void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
+__device__ inline void warpgroup_sync(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
 
 // 64 rows of the queries or gates, a warp its own 16: head h of token t at t * stride + h * head_stride.
-__device__ inline void load_rows(const Rows& from, int64_t head_stride, Shared& shared, const Work& work, int warp_row) {
+__device__ inline void load_rows(const Rows& from, int64_t head_stride, Shared& shared, const Work& work,
+                                 int warp_row) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 4
   for (int i = 0; i < 16; ++i) {
@@ -88,8 +91,8 @@ __device__ inline void load_rows(const Rows& from, int64_t head_stride, Shared& 
     const bool inside = row < work.rows;
     const bf16* at = static_cast<const bf16*>(from.data) + (work.first_token + row / work.group) * from.stride +
                      (work.kv_head * work.group + row % work.group) * head_stride + lane * 8;
-    copy16_async(shared_address(shared.query[lane / 8]) + swizzled<kColumns * 2>(warp_row + i, lane % 8), inside ? at : nullptr,
-                 inside);
+    copy16_async(shared_address(shared.query[lane / 8]) + swizzled<kColumns * 2>(warp_row + i, lane % 8),
+                 inside ? at : nullptr, inside);
   }
   commit_copies();
 }
@@ -158,8 +161,8 @@ __device__ inline void soften(float (&s)[kScores], float (&maximum)[2], float (&
 }
 
 // This warp's 16 rows: divided by their sums, times the gates, rounded, out.
-__device__ inline void finish_rows(const PagedAttention& args, float (&o)[kSums], float (&sum)[2], Shared& shared, const Work& work,
-                                   int warp_row) {
+__device__ inline void finish_rows(const PagedAttention& args, float (&o)[kSums], float (&sum)[2], Shared& shared,
+                                   const Work& work, int warp_row) {
   const int lane = threadIdx.x % kWarp;
   const bool gated = args.gate.data != nullptr;
   if (gated) {
@@ -193,8 +196,9 @@ __device__ inline void finish_rows(const PagedAttention& args, float (&o)[kSums]
     if (row >= work.rows) break;
     bf16* const to = static_cast<bf16*>(args.out.data) + (work.first_token + row / work.group) * args.out.stride +
                      (work.kv_head * work.group + row % work.group) * kHeadDim + lane * 8;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
-        reinterpret_cast<const unsigned char*>(shared.query[lane / 8]) + swizzled<kColumns * 2>(warp_row + i, lane % 8));
+    *reinterpret_cast<uint4*>(to) =
+        *reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(shared.query[lane / 8]) +
+                                        swizzled<kColumns * 2>(warp_row + i, lane % 8));
   }
 }
 
@@ -205,7 +209,8 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
   load_rows(args.query, kHeadDim, shared, work, warp_row);
   int limit[2];  // greatest key position each of this lane's two rows sees
 #pragma unroll
-  for (int i = 0; i < 2; ++i) limit[i] = work.context + min(work.first_row + warp_row + lane / 4 + 8 * i, work.rows - 1) / work.group;
+  for (int i = 0; i < 2; ++i)
+    limit[i] = work.context + min(work.first_row + warp_row + lane / 4 + 8 * i, work.rows - 1) / work.group;
   const int first_limit = work.context + min(work.first_row + warpgroup * 64, work.rows - 1) / work.group;
   const float scale = 1.4426950408889634f / 16.0f;  // exp2 instead of exp, 1 / sqrt(256)
   wait_copies<0>();
@@ -252,7 +257,9 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
     warpgroup_begin();
 #pragma unroll
     for (int k = 0; k < kAttentionBlock / 16; ++k) {
-      multiply_add_bf16(o, p[k], transposed_descriptor(shared_address(shared.values[b % kStages]) + k * 16 * kColumns * 2, kPartBytes));
+      multiply_add_bf16(
+          o, p[k],
+          transposed_descriptor(shared_address(shared.values[b % kStages]) + k * 16 * kColumns * 2, kPartBytes));
     }
     warpgroup_commit();
     if (more) {
@@ -271,7 +278,8 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_kernel(PagedAttention args, const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+    attention_kernel(PagedAttention args, const __grid_constant__ CUtensorMap key_map,
+                     const __grid_constant__ CUtensorMap value_map) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const SequenceBatch& batch = args.batch;

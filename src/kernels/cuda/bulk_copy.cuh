@@ -42,12 +42,12 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t b
                : "memory");
 }
 
-// The tile whose first element is (row, column) of the mapped matrix, to shared memory aligned to its swizzle's 1024 (or
-// 512) bytes.
+// The tile whose first element is (row, column) of the mapped matrix, to shared memory aligned to its swizzle's 1024
+// (or 512) bytes.
 __device__ inline void tile_copy(uint32_t shared, const CUtensorMap& map, int row, int column, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          shared),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }

@@ -246,7 +246,7 @@ class RingProducer {
   // The first warp's lane g * 8 + b brings the scale of group g's column block b; null: none.
   __device__ void copy_scale(const float* from) {
     const int lane = threadIdx.x % kWarp;
-    if (from != nullptr && warp() == 0) copy4_async(shared_address(ring_ + at_.slot * kSlotBytes) + kPieceBytes + lane * 4, from);
+    if (from != nullptr && warp() == 0 && lane < 2 * kPieceBlocks) copy4_async(shared_address(ring_ + at_.slot * kSlotBytes) + kPieceBytes + lane * 4, from);
   }
   __device__ void close() {
     if (warp() == 0 && threadIdx.x % kWarp < 2 * kPieceBlocks) {

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kPhaseThreads, 1) decode_phases_kernel(const _
   if (thread == 0) {
     for (int i = 0; i < program.slots; ++i) {
       barrier_init(&shared.full[i], kFullArrivals);
-      barrier_init(&shared.empty[i], kStreamWarps);
+      barrier_init(&shared.empty[i], kQuadWarps);
     }
     barrier_init(&shared.routed, 1);
     shared.described = 0;

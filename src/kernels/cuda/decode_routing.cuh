@@ -29,61 +29,41 @@ struct Routing {
   int count;  // distinct experts
 };
 
-// Descending, by a bitonic network.
-template <int kCount>
-__device__ __forceinline__ void sort_descending(uint64_t (&keys)[kCount]) {
-#pragma unroll
-  for (int size = 2; size <= kCount; size *= 2) {
-#pragma unroll
-    for (int step = size / 2; step > 0; step /= 2) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int j = i ^ step;
-        if (j < i) continue;
-        const bool descending = (i & size) == 0;
-        const uint64_t greater = max(keys[i], keys[j]);
-        const uint64_t smaller = min(keys[i], keys[j]);
-        keys[i] = descending ? greater : smaller;
-        keys[j] = descending ? smaller : greater;
-      }
-    }
-  }
-}
-
-// Row t's logits are warp t's. Ties go to the lower id. kPerLane * 32 >= experts. Every lane sorts its own logits, so a
-// choice is one comparison of the lanes' greatest.
+// Row t's logits are warp t's. Ties go to the lower id. kPerLane * 32 >= experts.
 template <int kPerLane>
 __device__ inline void choose_experts(const RouterParameters& router, Routing& routing, int t) {
   const int lane = threadIdx.x % kWarp;
   const float* const logits = router.logits + t * router.stride;
-  uint64_t keys[kPerLane];
+  uint32_t keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * kWarp + lane;
-    const uint32_t order = expert < router.experts ? ordered_bits(__ldcg(logits + expert)) : 0;
-    keys[i] = static_cast<uint64_t>(order) << 32 | static_cast<uint32_t>(~expert);
+    keys[i] = expert < router.experts ? ordered_bits(__ldcg(logits + expert)) : 0;
   }
-  sort_descending(keys);
   float greatest = 0;
   float mine = 0;  // lane i: exp(logit of choice i - greatest)
   for (int choice = 0; choice < router.top_k; ++choice) {
-    const auto head = static_cast<uint32_t>(keys[0] >> 32);
-    const uint32_t key = __reduce_max_sync(~0u, head);
-    const auto low = static_cast<uint32_t>(keys[0]);
-    bool chosen = head == key;
-    if (__popc(__ballot_sync(~0u, chosen)) > 1) {
-      chosen = chosen && low == __reduce_max_sync(~0u, chosen ? low : 0);
+    uint32_t best[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) best[i] = keys[i];
+#pragma unroll
+    for (int width = kPerLane / 2; width > 0; width /= 2) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) best[i] = max(best[i], best[i + width]);
+    }
+    const uint32_t key = __reduce_max_sync(~0u, best[0]);
+    int found = kDecodeExperts;
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i) found = keys[i] == key ? i * kWarp + lane : found;
+    const int id = min(__reduce_min_sync(~0u, found), router.experts - 1);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (id == i * kWarp + lane) keys[i] = 0;
     }
     const float logit = __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
     if (choice == 0) greatest = logit;
     if (lane == choice) mine = __expf(logit - greatest);
-    if (chosen) {
-      // A NaN among the logits leaves keys of no expert.
-      routing.ids[t * router.top_k + choice] = static_cast<int>(min(~low, static_cast<uint32_t>(router.experts - 1)));
-#pragma unroll
-      for (int i = 0; i + 1 < kPerLane; ++i) keys[i] = keys[i + 1];
-      keys[kPerLane - 1] = 0;
-    }
+    if (lane == 0) routing.ids[t * router.top_k + choice] = id;
   }
   float sum = warp_sum(mine);
   if (!router.normalize) {

@@ -1,241 +1,17 @@
-// The delta rule in chunks of 64 tokens on the matrix units. With the decays' logarithms summed from the chunk's first
-// token (G), b the betas and S the state before the chunk:
-//   A_ij = b_i e^(G_i - G_j) k_i.k_j for j < i,   T = (1 + A)^-1 diag(b),   P_ij = e^(G_i - G_j) q_i.k_j for j <= i
-//   D = T (V - diag(e^G) K S),   O = diag(e^G) Q S + P D,   S' = e^(G_63) S + sum_i e^(G_63 - G_i) k_i D_i^T
-// A first kernel computes T and P of all chunks in parallel, a second one walks each sequence's chunks. A partial chunk
-// is filled up with beta = 0 and no decay, which leaves the state as it is.
-//
-// The walk works on transposed tiles, 16 rows of S (value dims) per warp with all 128 key dims in its registers: each
-// product's accumulators are, rounded to bfloat16, the next one's first operand, so the chain over the chunks needs no
-// barrier between the warps.
+// The delta rule's walk over the chunks of each sequence.
 #include "kernels/cuda/bulk_copy.cuh"
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/gdn_stages.cuh"
+#include "kernels/cuda/gdn_chunk.cuh"
 #include "kernels/cuda/tensor_map.h"
 
 namespace tokenspeed::kernels::cuda {
+namespace gdn {
 namespace {
-
-constexpr int kChunk = 64;
-constexpr int kDim = 128;     // of keys and of values
-constexpr int kTiles = kChunk / 16;
-constexpr int kSteps = kDim / 16;
-
-// What the first kernel leaves for one chunk and value head. Rows are 144 bytes apart, so that eight of them lie in
-// different banks once they are copied to shared memory as they are.
-constexpr int kPitch = kChunk + 8;
-struct ChunkMatrices {
-  bf16 solve[kChunk][kPitch];    // T
-  bf16 attend[kChunk][kPitch];   // P; blocks above the diagonal are not written
-  float grown[kChunk];           // e^G_i
-  float rest[kChunk];            // e^(G_63 - G_i)
-};
-static_assert(sizeof(ChunkMatrices) % 16 == 0, "one bulk copy");
-
-__device__ inline int length(const SequenceBatch& batch, int sequence) {
-  return batch.token_begin[sequence + 1] - batch.token_begin[sequence];
-}
-__device__ inline int chunks(const SequenceBatch& batch, int sequence) {
-  const int tokens = length(batch, sequence);
-  return tokens < kChunkedRuleTokens ? 0 : (tokens + kChunk - 1) / kChunk;
-}
-
-struct Chunk {
-  int first_token;
-  int tokens;
-};
-__device__ inline bool find_chunk(const SequenceBatch& batch, int index, Chunk* chunk) {
-  for (int s = 0; s < batch.sequences; ++s) {
-    const int count = chunks(batch, s);
-    if (index < count) {
-      *chunk = {batch.token_begin[s] + index * kChunk, min(kChunk, length(batch, s) - index * kChunk)};
-      return true;
-    }
-    index -= count;
-  }
-  return false;
-}
-
-// --- T and P of every chunk ------------------------------------------------------------------------------------------
-
-constexpr int kPrepareThreads = 128;
-constexpr int kHeadsAtOnce = kPrepareThreads / kChunk;
-
-// A's element (i, j): the rows' groups of four columns are exchanged so that eight rows' pairs lie in different banks.
-__device__ constexpr int system_column(int i, int j) { return j ^ ((i & 7) << 2); }
-
-struct PrepareShared {
-  struct Operands {
-    bf16 keys[kChunk * kDim];
-    bf16 queries[kChunk * kDim];
-  };
-  union {
-    alignas(128) Operands operands;
-    float system[kHeadsAtOnce][kChunk][kChunk];  // A, below the diagonal, once the products are in registers
-  };
-  float sum[kHeadsAtOnce][kChunk];  // G
-  float beta[kHeadsAtOnce][kChunk];
-  float half_sum[kHeadsAtOnce];
-};
-
-// x y^T of this warp's 16 rows of x, blocks up to the diagonal.
-__device__ inline void lower_products(float (&d)[2 * kTiles][4], uint32_t x, uint32_t y) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    uint32_t a[4];
-    load_matrices(a, x + swizzled<kDim * 2>(warp * 16 + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (n > warp) continue;
-      uint32_t b[4];
-      load_matrices(b, y + swizzled<kDim * 2>(n * 16 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-      multiply_add(d[2 * n], a, b[0], b[1]);
-      multiply_add(d[2 * n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// Thread (slot, i): G_i and beta_i of one head's chunk.
-__device__ inline void sum_gates(const GatedDeltaRule& args, const Chunk& chunk, int head, bool active, PrepareShared& shared) {
-  const int slot = threadIdx.x / kChunk;
-  const int i = threadIdx.x % kChunk;
-  const bool inside = active && i < chunk.tokens;
-  const int64_t at = (chunk.first_token + i) * args.shape.value_heads + head;
-  constexpr float kLeast = 1e-38f;  // a decay of zero must not make the differences of logarithms NaN
-  float sum = inside ? logf(fmaxf(args.decay[at], kLeast)) : 0.0f;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const float before = __shfl_up_sync(~0u, sum, offset);
-    if (static_cast<int>(threadIdx.x % kWarp) >= offset) sum += before;
-  }
-  if (i == kWarp - 1) shared.half_sum[slot] = sum;
-  __syncthreads();
-  shared.sum[slot][i] = i < kWarp ? sum : sum + shared.half_sum[slot];
-  shared.beta[slot][i] = inside ? args.beta[at] : 0.0f;
-  __syncthreads();
-}
-
-// A to shared memory and P to global memory, from the products of this warp's rows.
-__device__ inline void scale_products(const float (&kk)[2 * kTiles][4], const float (&qk)[2 * kTiles][4],
-                                      const float* sum, const float* beta, float (*system)[kChunk],
-                                      ChunkMatrices* out) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int i = warp * 16 + lane / 4 + 8 * half;
-    const float sum_i = sum[i];
-    const float beta_i = beta[i];
-#pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n) {
-      if (n > 2 * warp + 1) continue;
-      float a[2], p[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = n * 8 + lane % 4 * 2 + e;
-        const float factor = j <= i ? __expf(sum_i - sum[j]) : 0.0f;
-        a[e] = j < i ? beta_i * factor * kk[n][2 * half + e] : 0.0f;
-        p[e] = factor * qk[n][2 * half + e];
-      }
-      const int j = n * 8 + lane % 4 * 2;
-      *reinterpret_cast<float2*>(&system[i][system_column(i, j)]) = make_float2(a[0], a[1]);
-      *reinterpret_cast<uint32_t*>(&out->attend[i][j]) = pack_bf16(p[0], p[1]);
-    }
-  }
-}
-
-// Column `column` of (1 + A)^-1 by forward substitution, in registers. Rows before kFirst are known to be zero.
-template <int kFirst>
-__device__ inline void solve_column(const float (*system)[kChunk], int column, float beta, ChunkMatrices* out) {
-  float x[kChunk];
-#pragma unroll
-  for (int i = 0; i < kFirst; ++i) out->solve[i][column] = __float2bfloat16(0.0f);
-#pragma unroll
-  for (int i = kFirst; i < kChunk; ++i) {
-    float part[4] = {i == column ? 1.0f : 0.0f, 0, 0, 0};  // four chains of additions
-#pragma unroll
-    for (int j = kFirst; j < i; j += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&system[i][system_column(i, j)]);
-      part[0] -= a.x * x[j];
-      if (j + 1 < i) part[1] -= a.y * x[j + 1];
-      if (j + 2 < i) part[2] -= a.z * x[j + 2];
-      if (j + 3 < i) part[3] -= a.w * x[j + 3];
-    }
-    x[i] = (part[0] + part[1]) + (part[2] + part[3]);
-    out->solve[i][column] = __float2bfloat16(x[i] * beta);
-  }
-}
-
-// kManyHeads: more value heads share a key head than are solved at once.
-template <bool kManyHeads>
-__global__ void __launch_bounds__(kPrepareThreads, kManyHeads ? 3 : 4) prepare_kernel(GatedDeltaRule args, ChunkMatrices* matrices) {
-  extern __shared__ __align__(1024) unsigned char memory[];
-  PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
-  Chunk chunk;
-  if (!find_chunk(args.batch, blockIdx.x, &chunk)) return;
-  const int key_head = blockIdx.y;
-  const int value_heads = static_cast<int>(args.shape.value_heads);
-  const int group = value_heads / static_cast<int>(args.shape.key_heads);
-
-  const uint32_t keys = shared_address(shared.operands.keys);
-  const uint32_t queries = shared_address(shared.operands.queries);
-  constexpr int kPieces = kDim / 8;
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kPrepareThreads) {
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    const bf16* query = static_cast<const bf16*>(args.qkv.data) + (chunk.first_token + row) * args.qkv.stride +
-                        key_head * kDim + piece * 8;
-    const bool inside = row < chunk.tokens;
-    copy16_async(queries + swizzled<kDim * 2>(row, piece), inside ? query : nullptr, inside);
-    copy16_async(keys + swizzled<kDim * 2>(row, piece), inside ? query + args.shape.key_heads * kDim : nullptr, inside);
-  }
-  commit_copies();
-  wait_copies<0>();
-  __syncthreads();
-  float kk[2 * kTiles][4] = {};
-  float qk[2 * kTiles][4] = {};
-  lower_products(kk, keys, keys);
-  lower_products(qk, queries, keys);
-
-  __syncthreads();  // A takes the place of keys and queries
-
-  // Warps with the later columns have a quarter of the others' work: every second block exchanges them, so that each of the
-  // multiprocessor's schedulers gets both kinds.
-  const int slot = threadIdx.x / kChunk;
-  const int i = (threadIdx.x + blockIdx.x % 2 * kWarp) % kChunk;
-  for (int first = 0; first < (kManyHeads ? group : 1); first += kHeadsAtOnce) {
-    const int first_head = key_head * group + first;
-    const bool active = first + slot < group;
-    sum_gates(args, chunk, first_head + slot, active, shared);
-    ChunkMatrices* const out = matrices + static_cast<int64_t>(blockIdx.x) * value_heads + first_head;
-#pragma unroll
-    for (int s = 0; s < kHeadsAtOnce; ++s) {
-      if (first + s < group) scale_products(kk, qk, shared.sum[s], shared.beta[s], shared.system[s], out + s);
-    }
-    __syncthreads();
-    if (active) {
-      const float* const sum = shared.sum[slot];
-      out[slot].grown[i] = __expf(sum[i]);
-      out[slot].rest[i] = __expf(sum[kChunk - 1] - sum[i]);
-      if (i < kChunk / 2) {
-        solve_column<0>(shared.system[slot], i, shared.beta[slot][i], out + slot);
-      } else {
-        solve_column<kChunk / 2>(shared.system[slot], i, shared.beta[slot][i], out + slot);
-      }
-    }
-    if constexpr (kManyHeads) __syncthreads();
-  }
-}
-
-// --- The walk over the chunks ------------------------------------------------------------------------------------------
 
 constexpr int kStateWarps = 2;
 constexpr int kBlockValues = 16 * kStateWarps;
 constexpr int kWalkThreads = (2 * kStateWarps + 1) * kWarp;  // state warps, output warps, the warp that fetches
 constexpr int kStages = 3;
-constexpr int kHalfRow = 64;                       // keys and queries arrive in halves of 64 columns, 128 bytes
+constexpr int kHalfRow = 64;  // keys and queries arrive in halves of 64 columns, 128 bytes
 constexpr int kHalfBytes = kChunk * kHalfRow * 2;
 constexpr int kFragments = (kSteps + kTiles) * 4;  // of S and of D, words per lane
 
@@ -277,7 +53,8 @@ __device__ inline void fetch_chunks(const GatedDeltaRule& args, const CUtensorMa
       tile_copy(shared_address(&stage.queries[half]), rows, token, column, full);
     }
     tile_copy(shared_address(&stage.values), value_rows, token, 2 * key_columns + head * kDim + first_value, full);
-    bulk_copy(shared_address(&stage.matrices), matrices + static_cast<int64_t>(c) * value_heads, sizeof(ChunkMatrices), full);
+    bulk_copy(shared_address(&stage.matrices), matrices + static_cast<int64_t>(c) * value_heads, sizeof(ChunkMatrices),
+              full);
   }
 }
 
@@ -350,7 +127,8 @@ __device__ inline void solve_chunk(float (&d)[2 * kTiles][4], float (&m)[2 * kTi
   scale_columns(m, stage.matrices.grown);
   // Rows of 64 bytes: their four chunks are exchanged by every second row's number.
   const int row = lane % 8 + lane / 16 * 8;
-  const uint32_t values = shared_address(stage.values) + row * kBlockValues * 2 + (((warp * 2 + lane / 8 % 2) ^ (row / 2 % 4)) << 4);
+  const uint32_t values =
+      shared_address(stage.values) + row * kBlockValues * 2 + (((warp * 2 + lane / 8 % 2) ^ (row / 2 % 4)) << 4);
   uint32_t r[kTiles][4];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -372,8 +150,8 @@ __device__ inline float* state_row(const GatedDeltaRule& args, int slot, int hea
          (static_cast<int64_t>(head) * kDim + value) * kDim + threadIdx.x % 4 * 2;
 }
 
-__device__ inline void walk_state(const GatedDeltaRule& args, WalkShared& shared, int sequence, int head, int first_value,
-                                  int count) {
+__device__ inline void walk_state(const GatedDeltaRule& args, WalkShared& shared, int sequence, int head,
+                                  int first_value, int count) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int value = first_value + warp * 16 + lane / 4;
@@ -457,8 +235,8 @@ __device__ inline uint32_t transpose_tile(uint32_t x) {
   return y;
 }
 
-__device__ inline void write_output(const GatedDeltaRule& args, WalkShared& shared, int sequence, int head, int first_value,
-                                    int count) {
+__device__ inline void write_output(const GatedDeltaRule& args, WalkShared& shared, int sequence, int head,
+                                    int first_value, int count) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp - kStateWarps;
   const int tokens = length(args.batch, sequence);
@@ -535,25 +313,30 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 }
 
 }  // namespace
+}  // namespace gdn
 
 int64_t chunked_rule_workspace_bytes(const GdnShape& shape, int64_t tokens) {
-  return (ceil_div(tokens, kChunkedRuleTokens) + 1) * shape.value_heads * static_cast<int64_t>(sizeof(ChunkMatrices));
+  return (ceil_div(tokens, kChunkedRuleTokens) + 1) * shape.value_heads *
+         static_cast<int64_t>(sizeof(gdn::ChunkMatrices));
 }
 
 void chunked_rule(const GatedDeltaRule& args, void* workspace, cudaStream_t stream) {
+  using namespace gdn;
   const SequenceBatch& batch = args.batch;
-  const int64_t partial = batch.sequences < batch.tokens / kChunkedRuleTokens ? batch.sequences : batch.tokens / kChunkedRuleTokens;
+  const int64_t partial =
+      batch.sequences < batch.tokens / kChunkedRuleTokens ? batch.sequences : batch.tokens / kChunkedRuleTokens;
   const int64_t most_chunks = batch.tokens / kChunk + partial;
   ChunkMatrices* const matrices = static_cast<ChunkMatrices*>(workspace);
-  const auto prepare =
-      args.shape.value_heads / args.shape.key_heads > kHeadsAtOnce ? prepare_kernel<true> : prepare_kernel<false>;
-  prepare<<<dim3(static_cast<unsigned>(most_chunks), static_cast<unsigned>(args.shape.key_heads)), kPrepareThreads,
-            sizeof(PrepareShared), stream>>>(args, matrices);
+  prepare_chunks(args, matrices, most_chunks, stream);
   cudaFuncSetAttribute(walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(WalkShared));
-  walk_kernel<<<dim3(kDim / kBlockValues, static_cast<unsigned>(args.shape.value_heads), static_cast<unsigned>(batch.sequences)),
+  walk_kernel<<<dim3(kDim / kBlockValues, static_cast<unsigned>(args.shape.value_heads),
+                     static_cast<unsigned>(batch.sequences)),
                 kWalkThreads, sizeof(WalkShared), stream>>>(
-      args, matrices, tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk, kHalfRow),
-      tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk, kBlockValues));
+      args, matrices,
+      tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk,
+                 kHalfRow),
+      tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk,
+                 kBlockValues));
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -31,12 +31,13 @@ constexpr int kPerLane = 4;  // consecutive channels; a warp has 128 of them, wh
 // kPerLane channels of one input row.
 __device__ inline uint2 inputs_at(const CausalConv& args, int sequence, int first_token, int64_t channel, int index) {
   if (index >= 0) {
-    return *reinterpret_cast<const uint2*>(static_cast<const bf16*>(args.qkv.data) + (first_token + index) * args.qkv.stride +
-                                           channel);
+    return *reinterpret_cast<const uint2*>(static_cast<const bf16*>(args.qkv.data) +
+                                           (first_token + index) * args.qkv.stride + channel);
   }
   const int slot = args.batch.state_in[sequence];
   if (slot < 0) return uint2{};
-  return *reinterpret_cast<const uint2*>(conv_slot(args.state, slot) + (kHistory + index) * args.shape.channels() + channel);
+  return *reinterpret_cast<const uint2*>(conv_slot(args.state, slot) + (kHistory + index) * args.shape.channels() +
+                                         channel);
 }
 
 __device__ inline void unpack(uint2 packed, float (&x)[kPerLane]) {
@@ -143,7 +144,8 @@ __global__ void gates_kernel(GdnGates args) {
   const int64_t token = index / args.value_heads;
   const int64_t head = index % args.value_heads;
   const float b = __bfloat162float(static_cast<const bf16*>(args.b.data)[token * args.b.stride + head]);
-  const float a = __bfloat162float(static_cast<const bf16*>(args.a.data)[token * args.a.stride + head]) + args.dt_bias[head];
+  const float a =
+      __bfloat162float(static_cast<const bf16*>(args.a.data)[token * args.a.stride + head]) + args.dt_bias[head];
   const float softplus = a > 20.0f ? a : log1pf(expf(a));
   args.beta[index] = 1.0f / (1.0f + expf(-b));
   args.decay[index] = expf(-expf(args.a_log[head]) * softplus);
@@ -181,7 +183,8 @@ void causal_conv(const CausalConv& args, cudaStream_t stream) { convolve<false>(
 void causal_conv_normalised(const CausalConv& args, cudaStream_t stream) { convolve<true>(args, stream); }
 
 void gdn_gates(const GdnGates& args, cudaStream_t stream) {
-  gates_kernel<<<static_cast<unsigned>(ceil_div(args.tokens * args.value_heads, kThreads)), kThreads, 0, stream>>>(args);
+  gates_kernel<<<static_cast<unsigned>(ceil_div(args.tokens * args.value_heads, kThreads)), kThreads, 0, stream>>>(
+      args);
 }
 
 void gdn_l2_norm(const GdnL2Norm& args, cudaStream_t stream) {

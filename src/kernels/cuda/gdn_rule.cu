@@ -76,14 +76,16 @@ __global__ void __launch_bounds__(kThreads) rule_kernel(GatedDeltaRule args, int
       }
       out = row_sum(out);
       if (lane == 0) {
-        static_cast<bf16*>(args.out.data)[token * args.out.stride + head * value_dim + first_value + r] = __float2bfloat16(out);
+        static_cast<bf16*>(args.out.data)[token * args.out.stride + head * value_dim + first_value + r] =
+            __float2bfloat16(out);
       }
     }
   }
 #pragma unroll
   for (int r = 0; r < kRowsPerLane; ++r) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) slot_row(args.batch.state_out[sequence], r)[i * kLanesPerRow + lane] = state[r][i];
+    for (int i = 0; i < kPerLane; ++i)
+      slot_row(args.batch.state_out[sequence], r)[i * kLanesPerRow + lane] = state[r][i];
   }
 }
 
@@ -98,12 +100,18 @@ int64_t gate_bytes(const GdnShape& shape, int64_t tokens) { return aligned(token
 }  // namespace
 
 void recurrent_rule(const GatedDeltaRule& args, int limit, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(args.shape.value_dim / kBlockRows), static_cast<unsigned>(args.shape.value_heads),
-                  static_cast<unsigned>(args.batch.sequences));
+  const dim3 grid(static_cast<unsigned>(args.shape.value_dim / kBlockRows),
+                  static_cast<unsigned>(args.shape.value_heads), static_cast<unsigned>(args.batch.sequences));
   switch (args.shape.key_dim) {
-    case 32: rule_kernel<32><<<grid, kThreads, 0, stream>>>(args, limit); break;
-    case 64: rule_kernel<64><<<grid, kThreads, 0, stream>>>(args, limit); break;
-    default: rule_kernel<128><<<grid, kThreads, 0, stream>>>(args, limit); break;
+    case 32:
+      rule_kernel<32><<<grid, kThreads, 0, stream>>>(args, limit);
+      break;
+    case 64:
+      rule_kernel<64><<<grid, kThreads, 0, stream>>>(args, limit);
+      break;
+    default:
+      rule_kernel<128><<<grid, kThreads, 0, stream>>>(args, limit);
+      break;
   }
 }
 
@@ -129,7 +137,8 @@ void gdn_mixer(const GdnMixer& args, cudaStream_t stream) {
   } else {
     gated_delta_rule(rule, stream);
   }
-  gated_rms_norm({tokens, args.shape.value_heads, args.shape.value_dim, args.out, args.z, args.norm_weight, args.epsilon, args.out},
+  gated_rms_norm({tokens, args.shape.value_heads, args.shape.value_dim, args.out, args.z, args.norm_weight,
+                  args.epsilon, args.out},
                  stream);
 }
 

@@ -1,10 +1,9 @@
 // 128 x 128 tiles, one block per multiprocessor walking over many of them. A warpgroup fetches: weights and contiguous
 // rows by the copy engine, gathered rows and scales by its threads. Two warpgroups multiply 64 rows each, add up in
 // registers and write through shared memory, so that rows leave in whole lines.
-#include "kernels/cuda/gemm.h"
-
 #include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/warpgroup.cuh"
@@ -22,9 +21,9 @@ constexpr int kHalfTile = kGemmTile / 2;
 constexpr int kRowBytes = 128;  // of a tile along k
 constexpr int kHalfBytes = kHalfTile * kRowBytes;
 constexpr int kStages = 5;
-constexpr int kLag = 2;     // steps whose thread copies may be outstanding
-constexpr int kSlots = 8;   // tiles between producer and consumers: more than stages
-constexpr int kRaster = 8;  // row tiles that share the weights' tiles in the L2 cache
+constexpr int kLag = 2;                        // steps whose thread copies may be outstanding
+constexpr int kSlots = 8;                      // tiles between producer and consumers: more than stages
+constexpr int kRaster = 8;                     // row tiles that share the weights' tiles in the L2 cache
 constexpr int kOutPitch = kGemmTile * 2 + 16;  // bytes; eight rows' equal columns in different banks
 static_assert(kSlots > kStages, "a step may be a whole tile");
 
@@ -129,11 +128,14 @@ __device__ inline void produce(const TileGemm& args, const CUtensorMap& a_map, c
         const int a_halves = kGather ? 0 : both_halves ? 2 : 1;
         barrier_arrive_expecting(full, (a_halves + 2) * kHalfBytes);
         for (int half = 0; half < a_halves; ++half) {
-          tile_copy(shared_address(shared.a[s]) + half * kHalfBytes, a_map, tile.first + half * kHalfTile, step * kStepColumns, full);
+          tile_copy(shared_address(shared.a[s]) + half * kHalfBytes, a_map, tile.first + half * kHalfTile,
+                    step * kStepColumns, full);
         }
         for (int half = 0; half < 2; ++half) {
-          const int64_t weight_row = int64_t{tile.group} * group_rows + first_weight_row<kSwiGlu>(args, column_tile, half);
-          tile_copy(shared_address(shared.b[s]) + half * kHalfBytes, b_map, static_cast<int>(weight_row), step * kStepColumns, full);
+          const int64_t weight_row =
+              int64_t{tile.group} * group_rows + first_weight_row<kSwiGlu>(args, column_tile, half);
+          tile_copy(shared_address(shared.b[s]) + half * kHalfBytes, b_map, static_cast<int>(weight_row),
+                    step * kStepColumns, full);
         }
       }
       if constexpr (kGather) {
@@ -141,7 +143,8 @@ __device__ inline void produce(const TileGemm& args, const CUtensorMap& a_map, c
         const bool inside = step * kRowBytes + lane % 8 * 16 < k_bytes;
         const uint4* const a = static_cast<const uint4*>(args.a) + step * (kRowBytes / 16);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) copy16_async(to + swizzled<kRowBytes>(4 * i + lane / 8, lane % 8), a + pieces[i], inside);
+        for (int i = 0; i < 8; ++i)
+          copy16_async(to + swizzled<kRowBytes>(4 * i + lane / 8, lane % 8), a + pieces[i], inside);
       }
       if constexpr (kFp8) {
         copy4_async(shared_address(&shared.a_scale[s][thread]), scale + step);
@@ -161,10 +164,12 @@ __device__ inline void produce(const TileGemm& args, const CUtensorMap& a_map, c
   }
   wait_copies<0>();
   if constexpr (kGather) publish_shared();
-  for (int step = max(0, done - kLag); step < done; ++step) barrier_arrive(shared_address(&shared.full[step % kStages]));
+  for (int step = max(0, done - kLag); step < done; ++step)
+    barrier_arrive(shared_address(&shared.full[step % kStages]));
 }
 
-__device__ inline void store_pair(const TileGemm& args, int64_t row, int64_t column, int64_t columns, float x, float y) {
+__device__ inline void store_pair(const TileGemm& args, int64_t row, int64_t column, int64_t columns, float x,
+                                  float y) {
   const int64_t at = row * args.y_stride + column;
   if (args.y_dtype == DType::kFloat32) {
     float* out = static_cast<float*>(args.y) + at;
@@ -224,7 +229,8 @@ __device__ inline void store_tile(const TileGemm& args, const Slot& slot, Shared
     const int in_half = thread / kWarp * 16 + row;
     if (in_half >= rows || column >= columns) continue;
     const uint4 value = *reinterpret_cast<const uint4*>(out + row * kOutPitch + piece % kGroups * 16);
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(args.y) + slot.to[warpgroup * kHalfTile + in_half] * args.y_stride + column) = value;
+    *reinterpret_cast<uint4*>(static_cast<bf16*>(args.y) + slot.to[warpgroup * kHalfTile + in_half] * args.y_stride +
+                              column) = value;
   }
   __syncwarp();
 }
@@ -299,8 +305,8 @@ __device__ inline void consume(const TileGemm& args, Shared& shared, int column_
 
 template <bool kFp8, bool kSwiGlu, bool kGather>
 __global__ void __launch_bounds__(kThreads, 1)
-    tile_gemm_kernel(TileGemm args, const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                     int column_tiles, int group_rows) {
+    tile_gemm_kernel(TileGemm args, const __grid_constant__ CUtensorMap a_map,
+                     const __grid_constant__ CUtensorMap b_map, int column_tiles, int group_rows) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -328,12 +334,13 @@ void launch(const TileGemm& args, cudaStream_t stream) {
   const int64_t column_tiles = ceil_div(args.n, kGemmTile);
   const int64_t group_rows = args.groups > 1 ? args.b_group_stride / (args.k * kElement) : args.n;
   const int64_t blocks = row_tiles * column_tiles < multiprocessors() ? row_tiles * column_tiles : multiprocessors();
-  const CUtensorMap b_map = tensor_map(args.b, kType, (args.groups - 1) * group_rows + args.n, args.k, args.k * kElement,
-                                       kHalfTile, kRowBytes / kElement);
-  const CUtensorMap a_map = kGather ? b_map
-                                    : tensor_map(args.a, kType, args.rows, args.k, args.a_stride * kElement, kHalfTile,
-                                                 kRowBytes / kElement);
-  cudaFuncSetAttribute(tile_gemm_kernel<kFp8, kSwiGlu, kGather>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  const CUtensorMap b_map = tensor_map(args.b, kType, (args.groups - 1) * group_rows + args.n, args.k,
+                                       args.k * kElement, kHalfTile, kRowBytes / kElement);
+  const CUtensorMap a_map =
+      kGather ? b_map
+              : tensor_map(args.a, kType, args.rows, args.k, args.a_stride * kElement, kHalfTile, kRowBytes / kElement);
+  cudaFuncSetAttribute(tile_gemm_kernel<kFp8, kSwiGlu, kGather>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       sizeof(Shared));
   tile_gemm_kernel<kFp8, kSwiGlu, kGather><<<static_cast<unsigned>(blocks), kThreads, sizeof(Shared), stream>>>(
       args, a_map, b_map, static_cast<int>(column_tiles), static_cast<int>(group_rows));
 }

@@ -21,7 +21,8 @@ struct GemmTile {
 
 // y[r] = a[r] b_g^T for the rows r of group g, or with swiglu silu(gate) * up of its two halves of columns.
 // FP8: both operands float8_e4m3, a_scale per row and 128 columns, b_scale per 128 x 128 block, k a multiple of 128,
-// fp32 sums scaled every 128 columns. bfloat16: k and n multiples of 8. All rows begin at 16 bytes. Bits of a row do not depend on the other rows.
+// fp32 sums scaled every 128 columns. bfloat16: k and n multiples of 8. All rows begin at 16 bytes. Bits of a row do
+// not depend on the other rows.
 struct TileGemm {
   DType dtype = DType::kBFloat16;  // of a and b
   int64_t n = 0;                   // rows of one b (with swiglu both halves)

@@ -20,13 +20,13 @@ int64_t max_tiles(int64_t pairs, int64_t experts) { return pairs / kGemmTile + (
 
 // The parts of the workspace, one after the other.
 struct Workspace {
-  int32_t* sorted = nullptr;      // [pairs] pair numbers by expert
+  int32_t* sorted = nullptr;  // [pairs] pair numbers by expert
   GemmTile* tiles = nullptr;
   int32_t* tile_count = nullptr;
-  std::byte* quantized = nullptr;   // x, then the activations
+  std::byte* quantized = nullptr;  // x, then the activations
   float* scale = nullptr;
-  bf16* activations = nullptr;    // [pairs, width] in sorted order
-  bf16* results = nullptr;        // [pairs, hidden] by pair number
+  bf16* activations = nullptr;  // [pairs, width] in sorted order
+  bf16* results = nullptr;      // [pairs, hidden] by pair number
   int64_t bytes = 0;
 
   Workspace(void* memory, int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width) {
@@ -73,10 +73,10 @@ __device__ inline int2 sums_until(int2 value) {
   return value;
 }
 
-// One cluster; each block counts and places its share of the pairs. Pairs of one expert come in no particular order: each
-// row's result is the same anywhere.
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const int32_t* ids, int pairs, int experts, int32_t* sorted,
-                                                            GemmTile* tiles, int32_t* tile_count) {
+// One cluster; each block counts and places its share of the pairs. Pairs of one expert come in no particular order:
+// each row's result is the same anywhere.
+__global__ void __launch_bounds__(kSortThreads)
+    sort_kernel(const int32_t* ids, int pairs, int experts, int32_t* sorted, GemmTile* tiles, int32_t* tile_count) {
   __shared__ int count[kMaxExperts];  // read by the other blocks
   __shared__ int next[kMaxExperts];
   const auto cluster = cooperative_groups::this_cluster();
@@ -149,18 +149,42 @@ void moe_experts(const MoeExperts& args, cudaStream_t stream) {
   const Workspace space(args.workspace, args.rows, args.experts, args.top_k, args.hidden, args.width);
   const int sort_blocks = pairs >= kSortBlocks * kSortThreads ? kSortBlocks : 1;
   // An error stays the runtime's last error, as those of the other launches.
-  (void)launch_kernel("experts", {stream, false}, sort_kernel, dim3(sort_blocks), kSortThreads, 0, sort_blocks, args.expert_ids,
-                      static_cast<int>(pairs), static_cast<int>(args.experts), space.sorted, space.tiles, space.tile_count);
+  (void)launch_kernel("experts", {stream, false}, sort_kernel, dim3(sort_blocks), kSortThreads, 0, sort_blocks,
+                      args.expert_ids, static_cast<int>(pairs), static_cast<int>(args.experts), space.sorted,
+                      space.tiles, space.tile_count);
   const bool fp8 = args.gate_up.dtype == DType::kFloat8E4M3;
-  TileGemm gate_up = {.dtype = args.gate_up.dtype, .n = 2 * args.width, .k = args.hidden, .a = args.x.data,
-                      .a_stride = args.x.stride, .a_rows = space.sorted, .a_divisor = static_cast<int32_t>(args.top_k),
-                      .b = args.gate_up.data, .groups = args.experts, .b_group_stride = args.gate_up_stride, .tiles = space.tiles,
-                      .tile_count = space.tile_count, .max_tiles = max_tiles(pairs, args.experts), .rows = pairs,
-                      .swiglu = true, .y = space.activations, .y_stride = args.width};
-  TileGemm down = {.dtype = args.down.dtype, .n = args.hidden, .k = args.width, .a = space.activations,
-                   .a_stride = args.width, .b = args.down.data, .groups = args.experts, .b_group_stride = args.down_stride, .tiles = space.tiles,
-                   .tile_count = space.tile_count, .max_tiles = max_tiles(pairs, args.experts), .rows = pairs,
-                   .y = space.results, .y_stride = args.hidden, .y_rows = space.sorted};
+  TileGemm gate_up = {.dtype = args.gate_up.dtype,
+                      .n = 2 * args.width,
+                      .k = args.hidden,
+                      .a = args.x.data,
+                      .a_stride = args.x.stride,
+                      .a_rows = space.sorted,
+                      .a_divisor = static_cast<int32_t>(args.top_k),
+                      .b = args.gate_up.data,
+                      .groups = args.experts,
+                      .b_group_stride = args.gate_up_stride,
+                      .tiles = space.tiles,
+                      .tile_count = space.tile_count,
+                      .max_tiles = max_tiles(pairs, args.experts),
+                      .rows = pairs,
+                      .swiglu = true,
+                      .y = space.activations,
+                      .y_stride = args.width};
+  TileGemm down = {.dtype = args.down.dtype,
+                   .n = args.hidden,
+                   .k = args.width,
+                   .a = space.activations,
+                   .a_stride = args.width,
+                   .b = args.down.data,
+                   .groups = args.experts,
+                   .b_group_stride = args.down_stride,
+                   .tiles = space.tiles,
+                   .tile_count = space.tile_count,
+                   .max_tiles = max_tiles(pairs, args.experts),
+                   .rows = pairs,
+                   .y = space.results,
+                   .y_stride = args.hidden,
+                   .y_rows = space.sorted};
   if (fp8) {
     const int64_t blocks = args.hidden / 128 * (args.width / 128);
     quantize_rows(args.x.data, args.x.stride, args.rows, args.hidden, space.quantized, space.scale, stream);

@@ -1,6 +1,5 @@
-#include "kernels/cuda/norm.h"
-
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/norm.h"
 
 namespace tokenspeed::kernels::cuda {
 namespace {
@@ -18,9 +17,9 @@ __device__ inline void load_floats8(const float* p, float out[8]) {
 // One block per row, which stays in registers: kPieces runs of 8 columns a thread. The sum runs over fixed columns per
 // thread, so a row's bits do not depend on the others.
 template <int kPieces>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(bf16* x, int64_t x_stride, const bf16* add, int64_t add_stride,
-                                                            const float* weight, int columns, float epsilon, bf16* out,
-                                                            int64_t out_stride) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(bf16* x, int64_t x_stride, const bf16* add, int64_t add_stride, const float* weight, int columns,
+                    float epsilon, bf16* out, int64_t out_stride) {
   bf16* row = x + blockIdx.x * x_stride;
   const bf16* add_row = add ? add + blockIdx.x * add_stride : nullptr;
   bf16* out_row = out + blockIdx.x * out_stride;
@@ -92,31 +91,35 @@ __global__ void head_norm_kernel(const bf16* x, int64_t x_stride, const bf16* z,
 void rms_norm(const RmsNorm& args, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(
-        static_cast<bf16*>(args.x.data), args.x.stride, static_cast<const bf16*>(args.add.data), args.add.stride, args.weight,
-        static_cast<int>(args.columns), args.epsilon, static_cast<bf16*>(args.out.data), args.out.stride);
+        static_cast<bf16*>(args.x.data), args.x.stride, static_cast<const bf16*>(args.add.data), args.add.stride,
+        args.weight, static_cast<int>(args.columns), args.epsilon, static_cast<bf16*>(args.out.data), args.out.stride);
   };
   switch (ceil_div(args.columns, kThreads * 8)) {
-    case 1: return launch(rms_norm_kernel<1>);
-    case 2: return launch(rms_norm_kernel<2>);
-    case 3: return launch(rms_norm_kernel<3>);
-    default: return launch(rms_norm_kernel<kMostPieces>);
+    case 1:
+      return launch(rms_norm_kernel<1>);
+    case 2:
+      return launch(rms_norm_kernel<2>);
+    case 3:
+      return launch(rms_norm_kernel<3>);
+    default:
+      return launch(rms_norm_kernel<kMostPieces>);
   }
 }
 
 void gated_rms_norm(const GatedRmsNorm& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(args.tokens * args.heads * args.columns / 8, kThreads));
   head_norm_kernel<true><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const bf16*>(args.x.data), args.x.stride, static_cast<const bf16*>(args.z.data), args.z.stride, args.weight,
-      args.tokens, static_cast<int>(args.heads), static_cast<int>(args.columns), args.columns, args.epsilon,
-      static_cast<bf16*>(args.out.data), args.out.stride);
+      static_cast<const bf16*>(args.x.data), args.x.stride, static_cast<const bf16*>(args.z.data), args.z.stride,
+      args.weight, args.tokens, static_cast<int>(args.heads), static_cast<int>(args.columns), args.columns,
+      args.epsilon, static_cast<bf16*>(args.out.data), args.out.stride);
 }
 
 void head_rms_norm(const HeadRmsNorm& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(args.tokens * args.heads * args.columns / 8, kThreads));
-  head_norm_kernel<false><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const bf16*>(args.x.data), args.x.stride, nullptr, 0, args.weight, args.tokens,
-      static_cast<int>(args.heads), static_cast<int>(args.columns), args.head_stride, args.epsilon,
-      static_cast<bf16*>(args.x.data), args.x.stride);
+  head_norm_kernel<false>
+      <<<blocks, kThreads, 0, stream>>>(static_cast<const bf16*>(args.x.data), args.x.stride, nullptr, 0, args.weight,
+                                        args.tokens, static_cast<int>(args.heads), static_cast<int>(args.columns),
+                                        args.head_stride, args.epsilon, static_cast<bf16*>(args.x.data), args.x.stride);
 }
 
 }  // namespace tokenspeed::kernels::cuda

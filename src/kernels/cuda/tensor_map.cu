@@ -1,7 +1,7 @@
-#include "kernels/cuda/tensor_map.h"
-
 #include <cstdio>
 #include <cstdlib>
+
+#include "kernels/cuda/tensor_map.h"
 
 namespace tokenspeed::kernels::cuda {
 namespace {
@@ -13,8 +13,8 @@ Encode encoder() {
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result = {};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
     if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
       fprintf(stderr, "the driver has no cuTensorMapEncodeTiled; a driver of CUDA 12 or newer is needed\n");
       abort();
@@ -26,9 +26,12 @@ Encode encoder() {
 
 CUtensorMapDataType map_type(DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case DType::kFloat32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    default: return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    case DType::kBFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat32:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
   }
 }
 
@@ -43,9 +46,9 @@ CUtensorMap tensor_map(const void* data, DType dtype, int64_t rows, int64_t colu
   const bool wide = box_columns * static_cast<int64_t>(dtype_size(dtype)) == 128;
   CUtensorMap map;
   const CUresult result =
-      encoder()(&map, map_type(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, map_type(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fprintf(stderr, "cuTensorMapEncodeTiled failed with %d for [%lld, %lld] at %p, rows of %lld bytes\n",
             static_cast<int>(result), static_cast<long long>(rows), static_cast<long long>(columns), data,

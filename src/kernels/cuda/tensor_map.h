@@ -1,8 +1,9 @@
 // Descriptions of matrices for the copy engine that fetches tiles (cp.async.bulk.tensor).
 //
 // A tile is `box_rows` rows of `box_columns` columns; in shared memory its rows lie one after the other, 16-byte chunks
-// exchanged within 128 (or 64) bytes by the row's number, as swizzled<128>() does for rows of 128 bytes. Elements outside
-// the matrix arrive as zeros and count as bytes. A map is a kernel parameter (__grid_constant__ const CUtensorMap).
+// exchanged within 128 (or 64) bytes by the row's number, as swizzled<128>() does for rows of 128 bytes. Elements
+// outside the matrix arrive as zeros and count as bytes. A map is a kernel parameter (__grid_constant__ const
+// CUtensorMap).
 #pragma once
 
 #include <cuda.h>

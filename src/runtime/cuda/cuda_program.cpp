@@ -63,7 +63,7 @@ Status check_value(const compile::ProgramValue& value) {
 
 }  // namespace
 
-Result<CudaProgram> CudaProgram::bind(compile::Program program, const CudaWeights& weights, bool stand_in) {
+Status CudaProgram::check(const compile::Program& program, bool stand_in) {
   if (program.activation != DType::kBFloat16) {
     return unimplemented("the CUDA kernels have bfloat16 activations only; run float32 with --device cpu");
   }
@@ -77,11 +77,12 @@ Result<CudaProgram> CudaProgram::bind(compile::Program program, const CudaWeight
           "measure one rank alone");
     }
   }
-  CudaProgram bound;
-  for (const compile::ProgramWeight& weight : program.weights) bound.weights_.push_back(weights.at(weight.name));
-  bound.program_ = std::move(program);
-  bound.plan_streams();
-  return bound;
+  return {};
+}
+
+CudaProgram::CudaProgram(compile::Program program, const CudaWeights& weights) : program_(std::move(program)) {
+  for (const compile::ProgramWeight& weight : program_.weights) weights_.push_back(weights.at(weight.name));
+  plan_streams();
 }
 
 // The first operation of a stretch on stream 1 waits for all of stream 0 so far; the operation on stream 0 that reads

@@ -51,8 +51,11 @@ using LaunchObserver = std::function<Status(std::span<const OperationPart> parts
 
 class CudaProgram {
  public:
+  CudaProgram() = default;
   // unimplemented: float32 activations, sizes the kernels do not take, collectives without stand_in.
-  static Result<CudaProgram> bind(compile::Program program, const CudaWeights& weights, bool stand_in);
+  static Status check(const compile::Program& program, bool stand_in);
+  // The program must have passed check(), the weights must hold all that it names.
+  CudaProgram(compile::Program program, const CudaWeights& weights);
 
   const compile::Program& program() const { return program_; }
   // Of the greatest operation on either stream at the Program's greatest number of rows.

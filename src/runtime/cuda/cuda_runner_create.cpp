@@ -90,10 +90,11 @@ Status CudaRunner::load(const compile::ModelGraph& graph, const compile::WeightS
   compiled.logit_rows = std::min(options.max_step_tokens, std::max(kLogitRows, options.max_sequences));
   compiled.passes = options.passes;
   TS_ASSIGN_OR_RETURN(compile::Program program, compile::compile_program(graph.body, compiled));
+  TS_RETURN_IF_ERROR(CudaProgram::check(program, options.rank_only));
   TS_RETURN_IF_ERROR(check_weights_fit(program, device_, options));
   const compile::Program* pointer = &program;
   TS_ASSIGN_OR_RETURN(weights_, CudaWeights::load({&pointer, 1}, source, options.load_threads));
-  TS_ASSIGN_OR_RETURN(body_, CudaProgram::bind(std::move(program), weights_, options.rank_only));
+  body_ = CudaProgram(std::move(program), weights_);
   return {};
 }
 

@@ -1,0 +1,45 @@
+// The delta rule in chunks of 64 tokens on the matrix units. With the decays' logarithms summed from the chunk's first
+// token (G), b the betas and S the state before the chunk:
+//   A_ij = b_i e^(G_i - G_j) k_i.k_j for j < i,   T = (1 + A)^-1 diag(b),   P_ij = e^(G_i - G_j) q_i.k_j for j <= i
+//   D = T (V - diag(e^G) K S),   O = diag(e^G) Q S + P D,   S' = e^(G_63) S + sum_i e^(G_63 - G_i) k_i D_i^T
+// A first kernel computes T and P of all chunks in parallel, a second one walks each sequence's chunks. A partial chunk
+// is filled up with beta = 0 and no decay, which leaves the state as it is.
+//
+// The walk works on transposed tiles, 16 rows of S (value dims) per warp with all 128 key dims in its registers: each
+// product's accumulators are, rounded to bfloat16, the next one's first operand, so the chain over the chunks needs no
+// barrier between the warps.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gdn_stages.cuh"
+
+namespace tokenspeed::kernels::cuda::gdn {
+
+inline constexpr int kChunk = 64;
+inline constexpr int kDim = 128;  // of keys and of values
+inline constexpr int kTiles = kChunk / 16;
+inline constexpr int kSteps = kDim / 16;
+
+// What the first kernel leaves for one chunk and value head. Rows are 144 bytes apart, so that eight of them lie in
+// different banks once they are copied to shared memory as they are.
+inline constexpr int kPitch = kChunk + 8;
+struct ChunkMatrices {
+  bf16 solve[kChunk][kPitch];   // T
+  bf16 attend[kChunk][kPitch];  // P; blocks above the diagonal are not written
+  float grown[kChunk];          // e^G_i
+  float rest[kChunk];           // e^(G_63 - G_i)
+};
+static_assert(sizeof(ChunkMatrices) % 16 == 0, "one bulk copy");
+
+__device__ inline int length(const SequenceBatch& batch, int sequence) {
+  return batch.token_begin[sequence + 1] - batch.token_begin[sequence];
+}
+__device__ inline int chunks(const SequenceBatch& batch, int sequence) {
+  const int tokens = length(batch, sequence);
+  return tokens < kChunkedRuleTokens ? 0 : (tokens + kChunk - 1) / kChunk;
+}
+
+// T and P of every chunk of the sequences that are long enough, [chunk][value head]; a launch of `most_chunks` chunks.
+void prepare_chunks(const GatedDeltaRule& args, ChunkMatrices* matrices, int64_t most_chunks, cudaStream_t stream);
+
+}  // namespace tokenspeed::kernels::cuda::gdn
