@@ -9,7 +9,7 @@ Result<DeviceKind> choose_device(const std::string& name) {
   const Result<std::string> gpu = gpu_name();
   if (gpu.ok()) return DeviceKind::kCuda;
   if (name == "cuda") return gpu.status();
-  spdlog::info("running on the CPU: {}", gpu.status().message());
+  spdlog::info("--device auto takes the CPU: {}", gpu.status().message());
   return DeviceKind::kCpu;
 }
 

@@ -19,7 +19,7 @@ void add_serve_command(CLI::App& program, int* exit_code) {
   set_action(command, exit_code, [flags]() -> Status {
     block_termination_signals();
     TS_ASSIGN_OR_RETURN(const Serving serving, start_serving(flags->model, flags->server));
-    const Status status = wait_for_termination(serving);
+    Status status = wait_for_termination(serving);
     spdlog::info("stopping: running requests are cancelled");
     serving.server->stop();
     return status;

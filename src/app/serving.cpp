@@ -109,7 +109,7 @@ Status wait_for_termination(const Serving& serving) {
   const sigset_t set = termination_signals();
   int received = 0;
   sigwait(&set, &received);
-  const Status fault = device_fault();
+  Status fault = device_fault();
   if (fault.ok()) return {};
   const auto deadline = std::chrono::steady_clock::now() + kErrorDelivery;
   const auto busy = [&] {

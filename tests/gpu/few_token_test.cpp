@@ -127,6 +127,7 @@ TEST(FewTokenLinear, ReferenceAndRowInvariance) {
   check_linear(&random, {1, 64, {{1, false}}, false, false, true});
   check_linear(&random, {2, 128, {{16, true}}, false, true, false});
   check_linear(&random, {4, 17408, {{320, true}}, false, true, false});
+  check_linear(&random, {8, 17408, {{48, true}, {16, false}}, false, true, false});  // in two launches
   check_linear(&random, {8, 2048, {{40000, false}}, true, false, true});  // several batches of tiles
   check_linear(&random, {1, 1024, {{70000, false}}, true, false, false});
 }
@@ -618,6 +619,44 @@ TEST(FewTokenSample, SameTokensAsTheReference) {
       run(cuda::decode_sample({rows, vocabulary, logits.device(), stride, on_device.device(), tokens.device()}, {}));
       EXPECT_EQ(tokens.download(), expected) << "vocabulary " << vocabulary;
     }
+  }
+}
+
+TEST(FewTokenSample, GreedyAndBadValues) {
+  Random random(fresh_seed());
+  const int64_t rows = 8, vocabulary = 4099, stride = 4103;  // rows begin between the vectors of four
+  std::vector<float> values = random.floats(rows * stride);
+  const auto row = [&](int64_t t) { return values.begin() + t * stride; };
+  row(0)[5] = NAN;
+  row(1)[4098] = INFINITY;
+  std::fill(row(2), row(2) + vocabulary, -INFINITY);
+  row(3)[7] = row(3)[4000] = 9.0f;
+  std::fill(row(4), row(4) + vocabulary, -INFINITY);
+  row(4)[4001] = -3.0f;
+  row(5)[4098] = 11.0f;
+  std::fill(row(6) + vocabulary, row(6) + stride, NAN);  // padding, never read
+  row(7)[0] = -NAN;
+  Both<float> logits(values);
+  for (const float temperature : {0.0f, 0.01f}) {
+    std::vector<cuda::DecodeSampleRow> parameters(static_cast<size_t>(rows));
+    std::vector<int32_t> expected;
+    for (int64_t t = 0; t < rows; ++t) {
+      cuda::DecodeSampleRow& p = parameters[static_cast<size_t>(t)];
+      p.temperature = temperature;
+      p.top_k = t % 2 == 0 ? 20 : 0;
+      p.top_p = 0.9f;
+      SampleRow one;
+      one.logits = logits.host.data() + t * stride;
+      one.vocabulary = vocabulary;
+      one.temperature = p.temperature;
+      one.top_k = p.top_k;
+      one.top_p = p.top_p;
+      expected.push_back(reference::sample(one).token);
+    }
+    Both<cuda::DecodeSampleRow> on_device(parameters);
+    Both<int32_t> tokens(std::vector<int32_t>(static_cast<size_t>(rows), -7));
+    run(cuda::decode_sample({rows, vocabulary, logits.device(), stride, on_device.device(), tokens.device()}, {}));
+    EXPECT_EQ(tokens.download(), expected) << "temperature " << temperature;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "model/presets.h"
 #include "runtime/cuda/cuda_runner.h"
 #include "runtime/driver.h"
+#include "runtime/poisoned_source.h"
 #include "runtime/test_model.h"
 
 namespace tokenspeed::runtime {
@@ -21,7 +23,10 @@ namespace {
 // rounding turned a close choice of the router is off as a whole.
 constexpr float kDenseTolerance = 0.03f;
 constexpr float kMoeTolerance = 0.13f;
-constexpr float kDemoLogitTolerance = 1.0f;  // the demo model's logits reach some 30
+constexpr float kDemoTolerance = 0.01f;  // as of the CPU with bfloat16 activations
+constexpr float kDemoLead = 2.0f;        // of a token over the second, beyond what such an error turns
+
+constexpr int64_t kLeakTolerance = int64_t{16} << 20;  // the driver keeps some of what graphs took
 
 constexpr int kLengths[] = {1, 2, 5, 63, 64, 65, 130, 300};
 
@@ -83,11 +88,14 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaRandomGolden, testing::Values("dense-a", "m
   return name;
 });
 
-// Greedy tokens are compared as long as the stored margin is beyond what the arithmetic can turn.
+// Stored rows by their median error, as a close choice between two experts may turn; greedy tokens as long as the
+// stored lead is beyond what the arithmetic can turn.
 TEST(CudaDemoGolden, LogitsAndGreedyTokens) {
   const Golden golden(kRoot + "/tests/goldens/demo-model.safetensors");
   const auto runner = make_cuda_runner(test_model(demo_directory()), cuda_options());
   const int64_t vocabulary = runner->capacity().vocabulary_size;
+  std::vector<float> errors;
+  int compared = 0;
   for (int index = 0; index < 8; ++index) {
     SCOPED_TRACE(index);
     const std::string prefix = "p" + std::to_string(index) + ".";
@@ -97,12 +105,16 @@ TEST(CudaDemoGolden, LogitsAndGreedyTokens) {
     const std::vector<float> stored = golden.floats(prefix + "logits_at");
     const Output output = run_one(runner.get(), {golden.ints(prefix + "ids"), static_cast<int32_t>(greedy.size())});
     for (size_t i = 0; i < positions.size(); ++i) {
-      const auto expected = std::span<const float>(stored).subspan(i * vocabulary, vocabulary);
-      EXPECT_LE(greatest_difference(row_of(output, positions[i], vocabulary), expected), kDemoLogitTolerance);
+      errors.push_back(relative_error(row_of(output, positions[i], vocabulary),
+                                      std::span<const float>(stored).subspan(i * vocabulary, vocabulary)));
     }
-    for (size_t i = 0; i < greedy.size() && margin[i] > 2 * kDemoLogitTolerance; ++i)
+    for (size_t i = 0; i < greedy.size() && margin[i] > kDemoLead; ++i, ++compared)
       EXPECT_EQ(output.tokens[i], greedy[i]) << i;
   }
+  EXPECT_GT(compared, 8);
+  for (float& error : errors) error = std::isnan(error) ? INFINITY : error;
+  std::nth_element(errors.begin(), errors.begin() + errors.size() / 2, errors.end());
+  EXPECT_LE(errors[errors.size() / 2], kDemoTolerance);
 }
 
 // Plays `prompts` to `new_tokens` tokens each without asking for logits: greedy ones are sampled on the device, and
@@ -343,6 +355,50 @@ TEST(CudaRunner, ProfilesEveryWeightOfAStep) {
   }
 }
 
+// A NaN or infinity ends its sequence alone, greedy on the device: with few rows and with many.
+class CudaPoison : public testing::TestWithParam<float> {};
+
+TEST_P(CudaPoison, EndsItsSequenceAlone) {
+  constexpr int32_t kPoisoned = 7;
+  const TestModel& model = test_model(random_directory("moe-a"));
+  const PoisonedSource source(*model.source, kPoisoned, GetParam());
+  const auto runner = must(CudaRunner::create(model.graph, source, cuda_options()));
+  const SamplingParameters greedy = {.temperature = 0};
+  for (const size_t length : {size_t{2}, size_t{30}}) {
+    std::vector<int32_t> tokens[2];  // of the two runs
+    for (const bool sick : {false, true}) {
+      std::vector<std::vector<int32_t>> prompts(3), pages(3);
+      std::vector<SequenceStep> steps(3);
+      for (int32_t s = 0; s < 3; ++s) {
+        for (size_t i = 0; i < length; ++i) prompts[s].push_back(20 + s * 40 + static_cast<int32_t>(i));
+        if (s == 1 && sick) prompts[s][1] = kPoisoned;
+        pages[s] = {2 * s, 2 * s + 1};
+        steps[s].tokens = prompts[s];
+        steps[s].pages = pages[s];
+        steps[s].state_out = s;
+        steps[s].sample = true;
+        steps[s].sampling = &greedy;
+      }
+      std::vector<SequenceResult> results;
+      ASSERT_TRUE(runner->submit(steps).ok());
+      ASSERT_TRUE(runner->wait(&results).ok());
+      EXPECT_EQ(results[1].status.ok(), !sick);
+      if (sick) {
+        EXPECT_EQ(results[1].status.code(), StatusCode::kInternal);
+      }
+      for (const int s : {0, 2}) {
+        EXPECT_TRUE(results[s].status.ok()) << results[s].status.message();
+        tokens[sick].push_back(results[s].token);
+      }
+    }
+    EXPECT_EQ(tokens[0], tokens[1]) << length;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Poison, CudaPoison,
+                         testing::Values(std::numeric_limits<float>::quiet_NaN(),
+                                         std::numeric_limits<float>::infinity()));
+
 TEST(CudaRunner, EveryAllocationOfALoadMayFail) {
   const TestModel& model = test_model(random_directory("moe-a"));
   { const auto warm_up = make_cuda_runner(model, cuda_options()); }  // the context and the libraries stay allocated
@@ -359,7 +415,7 @@ TEST(CudaRunner, EveryAllocationOfALoadMayFail) {
   }
   EXPECT_GE(n, 10);
   EXPECT_LT(n, 100);
-  EXPECT_EQ(free_device_memory(), free_before);
+  EXPECT_GE(free_device_memory(), free_before - kLeakTolerance);
 }
 
 // In a process of its own: a fault leaves the context unusable.

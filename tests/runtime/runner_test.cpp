@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "poisoned_source.h"
 #include "test_model.h"
 
 namespace tokenspeed::runtime {
@@ -16,31 +17,6 @@ namespace {
 
 // Log probabilities are sums over the vocabulary in another order than the test's.
 constexpr double kLogprobTolerance = 1e-4;
-
-// Another source with one row of the embedding replaced by a value that spreads through every layer.
-class PoisonedSource : public compile::WeightSource {
- public:
-  PoisonedSource(const compile::WeightSource& source, int32_t token, float poison) : source_(source) {
-    const compile::WeightView view = must(source.view(kTensor));
-    const int64_t columns = view.shape[1];
-    table_.resize(static_cast<size_t>(view.shape[0] * columns));
-    compile::read_rows_as_float(view, 0, view.shape[0], table_.data());
-    std::fill_n(table_.begin() + token * columns, columns, poison);
-  }
-  bool has(const std::string& name) const override { return source_.has(name); }
-  Result<compile::WeightView> view(const std::string& name) const override {
-    TS_ASSIGN_OR_RETURN(compile::WeightView view, source_.view(name));
-    if (name != kTensor) return view;
-    view.data = reinterpret_cast<const std::byte*>(table_.data());
-    view.dtype = DType::kFloat32;
-    return view;
-  }
-
- private:
-  static constexpr const char* kTensor = "embed_tokens.weight";
-  const compile::WeightSource& source_;
-  std::vector<float> table_;
-};
 
 constexpr int32_t kPoisoned = 7;
 const std::vector<Case> kHealthy = {{{1, 2, 3, 4, 5}, 6}, {{20, 21, 22, 23, 24, 25, 26, 27, 28}, 6}};

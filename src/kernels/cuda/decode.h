@@ -49,7 +49,8 @@ struct DecodeSegment {
 // norm(x) is x, or with norm_weight the zero-centred RMS norm of x rounded to bfloat16, which is also written to
 // `normed` when that is set. FP8 weights are multiplied exactly and scaled per 128 x 128 block in fp32; sums are fp32.
 // Bytes: sum of n * k * element size. Launch: min(tiles of 16 rows, multiprocessors) blocks of 512 threads.
-// rows * k is limited by shared memory: k <= 8192 for 8 rows, 17408 for 4.
+// Rows that do not fit in shared memory together (8 of more than about 8,192 columns) are split over launches, each of
+// which reads the weights.
 struct DecodeLinear {
   int64_t rows = 0;                    // T, 1..kDecodeTokens
   Rows x;                              // [T, k]

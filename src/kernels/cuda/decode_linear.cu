@@ -1,6 +1,7 @@
 // decode_linear: see decode_stream.cuh for the scheme. Tiles of all segments are dealt to the blocks in turn, so at any
 // time the device reads one contiguous region; every warp of a block works on the same tile, on its own share of k.
 #include <algorithm>
+#include <cstddef>
 #include <string>
 
 #include "kernels/cuda/decode.h"
@@ -217,6 +218,20 @@ Status check(const DecodeLinear& a) {
   return {};
 }
 
+Rows from_row(Rows rows, int64_t row) {
+  if (rows.data != nullptr) {
+    rows.data = static_cast<std::byte*>(rows.data) + row * rows.stride * static_cast<int64_t>(dtype_size(rows.dtype));
+  }
+  return rows;
+}
+DecodeLinear rows_of(DecodeLinear args, int64_t row, int64_t count) {
+  args.rows = count;
+  args.x = from_row(args.x, row);
+  args.normed = from_row(args.normed, row);
+  for (DecodeSegment& segment : args.segments) segment.y = from_row(segment.y, row);
+  return args;
+}
+
 }  // namespace
 
 Status decode_linear(const DecodeLinear& args, const Launch& launch) {
@@ -264,8 +279,13 @@ Status decode_linear(const DecodeLinear& args, const Launch& launch) {
     return launch_kernel("decode_linear", launch, decode_linear_kernel<kShallow>, dim3(blocks), kStreamThreads,
                          rest + WeightRing<kShallow>::kBytes, 1, p);
   }
-  return invalid_argument("decode_linear: " + std::to_string(p.input.rows) + " rows of " + std::to_string(p.input.k) +
-                          " columns do not fit in shared memory; run fewer rows per launch");
+  if (args.rows == 1) {
+    return invalid_argument("decode_linear: a row of " + std::to_string(p.input.k) +
+                            " columns does not fit in shared memory; the limit is about 60000");
+  }
+  const int64_t half = args.rows / 2;
+  TS_RETURN_IF_ERROR(decode_linear(rows_of(args, 0, half), launch));
+  return decode_linear(rows_of(args, half, args.rows - half), launch);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -74,20 +74,6 @@ __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, PhaseShare
   if (!known) barrier_wait(&s.routed, routed_parity);
 }
 
-// Rows that are normed already, by the warps from `first` on.
-__device__ __forceinline__ void stage_plain(const StagedInput& in, uint8_t* staged, int first) {
-  const int vectors = in.k / 8;
-  const int row_bytes = staged_row_bytes(in.k);
-  for (int t = 0; t < in.rows; ++t) {
-    for (int i = static_cast<int>(threadIdx.x) - first * kWarp; i >= 0 && i < vectors;
-         i += kStreamThreads - first * kWarp) {
-      uint4 raw = load16_coherent(in.x + t * in.stride + i * 8);
-      if (in.fp8) raw = stage_for_fp8(raw);
-      *reinterpret_cast<uint4*>(staged + t * row_bytes + i * 16) = raw;
-    }
-  }
-}
-
 template <int kRows>
 __device__ __forceinline__ void stage_and_route(const GateUpPhase& p, const NormWeights& norm, Consumer& c) {
   Routing& routing = c.shared.routing;
@@ -98,7 +84,8 @@ __device__ __forceinline__ void stage_and_route(const GateUpPhase& p, const Norm
   stage_plain(p.input, c.staged, kRows);  // the first warps choose meanwhile
   if constexpr (kRows == 1) {
     if (threadIdx.x < kWarp) {
-      route_one_row(p.router, routing);
+      choose_experts(p.router, routing, 0);
+      list_one_row(p.router, routing);
       if (threadIdx.x == 0) barrier_arrive(&c.shared.routed);
     }
     consumer_barrier();

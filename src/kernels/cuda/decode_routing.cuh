@@ -81,10 +81,9 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
   }
 }
 
-// One warp, one row: all choices are distinct.
-__device__ inline void route_one_row(const RouterParameters& router, Routing& routing) {
+// By the warp that chose for the only row: all choices are distinct.
+__device__ inline void list_one_row(const RouterParameters& router, Routing& routing) {
   const int lane = threadIdx.x % kWarp;
-  choose_experts(router, routing, 0);
   __syncwarp();
   if (lane < router.top_k) {
     const int id = routing.ids[lane];
@@ -102,11 +101,18 @@ __device__ inline void route_one_row(const RouterParameters& router, Routing& ro
 __device__ inline void route_rows(const RouterParameters& router, int rows, Routing& routing) {
   const int warp = threadIdx.x / kWarp;
   const int pairs = rows * router.top_k;
-  for (int i = threadIdx.x; i < router.experts; i += kStreamThreads) routing.first_pair[i] = kRoutingPairs;
-  for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += kStreamThreads) {
-    reinterpret_cast<int*>(routing.slot)[i] = -1;
+  if (rows > 1) {
+    for (int i = threadIdx.x; i < router.experts; i += kStreamThreads) routing.first_pair[i] = kRoutingPairs;
+    for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += kStreamThreads) {
+      reinterpret_cast<int*>(routing.slot)[i] = -1;
+    }
   }
   if (warp < rows) choose_experts(router, routing, warp);
+  if (rows == 1) {
+    if (warp == 0) list_one_row(router, routing);
+    stream_barrier();
+    return;
+  }
   stream_barrier();
   for (int pair = threadIdx.x; pair < pairs; pair += kStreamThreads)
     atomicMin(&routing.first_pair[routing.ids[pair]], pair);

@@ -252,6 +252,20 @@ __device__ inline void stage_rows(const StagedInput& in, const NormWeights& norm
   stream_barrier();
 }
 
+// Rows without a norm, by the warps from `first` on; a barrier must follow.
+__device__ inline void stage_plain(const StagedInput& in, uint8_t* staged, int first) {
+  const int vectors = in.k / 8;
+  const int row_bytes = staged_row_bytes(in.k);
+  for (int t = 0; t < in.rows; ++t) {
+    for (int i = static_cast<int>(threadIdx.x) - first * kWarp; i >= 0 && i < vectors;
+         i += kStreamThreads - first * kWarp) {
+      uint4 raw = __ldcg(reinterpret_cast<const uint4*>(in.x + t * in.stride + i * 8));
+      if (in.fp8) raw = stage_for_fp8(raw);
+      *reinterpret_cast<uint4*>(staged + t * row_bytes + i * 16) = raw;
+    }
+  }
+}
+
 // What the sum of chunk products is multiplied by at the end.
 __device__ __forceinline__ float unstage_scale(bool staged) { return staged ? 1.0f / kStagedScale : 1.0f; }
 

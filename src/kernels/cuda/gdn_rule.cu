@@ -131,7 +131,8 @@ void gdn_mixer(const GdnMixer& args, cudaStream_t stream) {
   causal_conv_normalised({args.shape, args.batch, args.state, args.qkv, args.conv_weight, convolved}, stream);
   gdn_gates({tokens, args.shape.value_heads, args.b, args.a, args.a_log, args.dt_bias, beta, decay}, stream);
   const GatedDeltaRule rule{args.shape, args.batch, args.state, convolved, beta, decay, args.out};
-  if (has_chunks(args.shape, tokens)) {
+  // In a batch of one token each no sequence is long enough for chunks.
+  if (has_chunks(args.shape, tokens) && tokens - args.batch.sequences + 1 >= kChunkedRuleTokens) {
     chunked_rule(rule, decay + gate_bytes(args.shape, tokens) / 4, stream);
     if (args.batch.sequences > 1) recurrent_rule(rule, kChunkedRuleTokens, stream);
   } else {

@@ -79,7 +79,8 @@ Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> seq
   for (SequenceResult& result : results_) clear(&result);
   sequences_ = sequences;
   input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, ++number_);
-  return GraphKey{batch_->batch().sequences, batch_->batch().tokens, context_class(sequences), any_draws};
+  const bool fused = runs_fused(batch_->batch().tokens);  // only those kernels depend on the context's class
+  return GraphKey{batch_->batch().sequences, batch_->batch().tokens, fused ? context_class(sequences) : 0, any_draws};
 }
 
 Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
@@ -110,7 +111,7 @@ Status CudaRunner::run(const GraphKey& key) {
 Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe) {
   TS_RETURN_IF_ERROR(input_->expand(key.sequences, key.tokens, rank_.streams[0]));
   const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(wanted_.size()));
-  const bool fused = !decode_.empty() && key.tokens <= kernels::cuda::kDecodeTokens;
+  const bool fused = runs_fused(key.tokens);
   TS_RETURN_IF_ERROR(fused ? decode_.run_body(rank_, step, key.max_context, observe)
                            : body_.run_body(rank_, step, observe));
   return one_group_ ? enqueue_sampling(key, step, fused, observe) : Status();

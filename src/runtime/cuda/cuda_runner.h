@@ -81,7 +81,7 @@ class CudaRunner : public Runner {
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
   int64_t weight_bytes() const { return weights_.bytes(); }
-  bool decodes_fused() const { return !decode_.empty(); }  // few tokens run on the fused kernels
+  bool decodes_fused() const { return runs_fused(1); }  // few tokens run on the fused kernels
 
  private:
   // A step that is replayed: its sizes, a bound on its contexts, and whether rows draw at random.
@@ -98,6 +98,7 @@ class CudaRunner : public Runner {
   Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CudaRunnerOptions& options);
   Status allocate(const CudaRunnerOptions& options);
   Status warm_up();
+  bool runs_fused(int32_t tokens) const { return !decode_.empty() && tokens <= kernels::cuda::kDecodeTokens; }
   Result<GraphKey> begin(std::span<const SequenceStep> sequences);
   Status run(const GraphKey& key);
   int64_t context_class(std::span<const SequenceStep> sequences) const;

@@ -123,8 +123,6 @@ class DecodePlanBuilder {
     switch (op.kind) {
       case OpKind::kEmbedding:
       case OpKind::kSwiGlu:
-        generic(index);
-        return true;
       case OpKind::kAllReduce:
         generic(index);
         return true;
@@ -384,36 +382,13 @@ Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_con
 
 namespace {
 
-// Rows wider than kWideColumns do not all fit beside the weights on their way (contract of DecodeLinear).
-constexpr int64_t kWideColumns = 8192;
-constexpr int64_t kWideRows = 4;
-
 struct LaunchPhase {
   cuda::Launch launch;
-  Status operator()(const cuda::DecodeLinear& args) const {
-    if (args.segments[0].weight.k <= kWideColumns || args.rows <= kWideRows) return cuda::decode_linear(args, launch);
-    for (int64_t row = 0; row < args.rows; row += kWideRows) {
-      TS_RETURN_IF_ERROR(cuda::decode_linear(rows_of(args, row, std::min(kWideRows, args.rows - row)), launch));
-    }
-    return {};
-  }
+  Status operator()(const cuda::DecodeLinear& args) const { return cuda::decode_linear(args, launch); }
   Status operator()(const kernels::GdnMixer& args) const { return cuda::decode_gdn(args, launch); }
   Status operator()(const cuda::DecodeAttention& args) const { return cuda::decode_attention(args, launch); }
   Status operator()(const cuda::DecodeGateUp& args) const { return cuda::decode_gate_up(args, launch); }
   Status operator()(const cuda::DecodeDown& args) const { return cuda::decode_down(args, launch); }
-
- private:
-  static Rows from_row(Rows rows, int64_t row) {
-    if (rows.data) rows.data = static_cast<std::byte*>(rows.data) + row * rows.stride * dtype_size(rows.dtype);
-    return rows;
-  }
-  static cuda::DecodeLinear rows_of(cuda::DecodeLinear args, int64_t row, int64_t count) {
-    args.rows = count;
-    args.x = from_row(args.x, row);
-    args.normed = from_row(args.normed, row);
-    for (cuda::DecodeSegment& segment : args.segments) segment.y = from_row(segment.y, row);
-    return args;
-  }
 };
 
 }  // namespace
