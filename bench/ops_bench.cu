@@ -513,10 +513,11 @@ int main(int argc, char** argv) {
   }
   const auto share = [&](double us) { return static_cast<double>(bytes) / (us * 1e-6) / bandwidth * 100; };
   const auto report = [&](const char* what, double us) {
-    printf("step, %-28s %8.1f us = %6.0f rows/s, %.1f%% of bandwidth\n", what, us, static_cast<double>(o.rows) / us * 1e6,
-           share(us));
+    printf("step, %-28s %8.1f us = %6.0f rows/s, %.1f%% of bandwidth\n", what, us,
+           static_cast<double>(o.rows) / us * 1e6, share(us));
   };
-  printf("step: %.3f GB, floor %.1f us\n", static_cast<double>(bytes) * 1e-9, static_cast<double>(bytes) / bandwidth * 1e6);
+  printf("step: %.3f GB, floor %.1f us\n", static_cast<double>(bytes) * 1e-9,
+         static_cast<double>(bytes) / bandwidth * 1e6);
   const double whole = graph_time_us(stream, all, true, repeats);
   if (o.phases) {
     const double phased = phases_time_us(stream, all, phase_workspace, true, repeats);

@@ -44,7 +44,7 @@ Result<server::ServedModel> describe(const std::string& name, const model::Loade
 
 void add_server_flags(CLI::App* command, ServerFlags* flags) {
   command->add_option("--host", flags->options.host, "Address to listen on");
-  command->add_option("--port", flags->options.port, "Port to listen on; 0: any free one");
+  command->add_option("--port", flags->options.port, "Port to listen on; 0: any free one")->check(CLI::Range(0, 65535));
   command->add_option("--api-key", flags->options.api_key, "Key that /v1 requests must carry; empty: none");
   command->add_option("--served-model-name", flags->served_model_name, "Name of the model in the API");
 }

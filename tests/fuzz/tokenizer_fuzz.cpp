@@ -22,8 +22,7 @@ void require(bool condition) {
 }
 
 const Tokenizer& demo() {
-  static const Tokenizer tokenizer =
-      Tokenizer::load(std::string(TOKENSPEED_SOURCE_DIR) + "/models/demo").value();
+  static const Tokenizer tokenizer = Tokenizer::load(std::string(TOKENSPEED_SOURCE_DIR) + "/models/demo").value();
   return tokenizer;
 }
 

@@ -133,8 +133,8 @@ class Layer {
     router.segments[1] = {w_gate.device(), from(gate)};
     made.push_back(router);
     up.x = router.normed;
-    up.routed = {s.experts,      s.top_k, true, static_cast<const float*>(from(choice).data), s.experts, w_up.device(),
-                 w_down.device()};
+    up.routed = {s.experts, s.top_k,       true,           static_cast<const float*>(from(choice).data),
+                 s.experts, w_up.device(), w_down.device()};
     made.push_back(up);
     cuda::DecodeDown down;
     down.rows = count;
@@ -271,7 +271,11 @@ TEST(DecodePhases, OpsOneByOneAndRowInvariance) {
   Random random(fresh_seed());
   for (const bool fp8 : {true, false}) {
     for (const auto& [lengths, contexts] : std::vector<std::pair<std::vector<int32_t>, std::vector<int32_t>>>{
-             {{1}, {5}}, {{2}, {0}}, {{1, 3, 1, 2}, {4, 0, 9, 7}}, {{8}, {3}}, {{1, 1, 1, 1, 1, 1, 1, 1}, {1, 2, 3, 0, 5, 6, 7, 8}}}) {
+             {{1}, {5}},
+             {{2}, {0}},
+             {{1, 3, 1, 2}, {4, 0, 9, 7}},
+             {{8}, {3}},
+             {{1, 1, 1, 1, 1, 1, 1, 1}, {1, 2, 3, 0, 5, 6, 7, 8}}}) {
       check_layer(&random, {2048, 4, 8, 12, 8, 512, fp8, false}, lengths, contexts);
       check_layer(&random, {512, 2, 6, 40, 10, 128, fp8, false}, lengths, contexts);
     }

@@ -128,7 +128,7 @@ TEST(FewTokenLinear, ReferenceAndRowInvariance) {
   check_linear(&random, {2, 128, {{16, true}}, false, true, false});
   check_linear(&random, {4, 17408, {{320, true}}, false, true, false});
   check_linear(&random, {8, 17408, {{48, true}, {16, false}}, false, true, false});  // in two launches
-  check_linear(&random, {8, 2048, {{40000, false}}, true, false, true});  // several batches of tiles
+  check_linear(&random, {8, 2048, {{40000, false}}, true, false, true});             // several batches of tiles
   check_linear(&random, {1, 1024, {{70000, false}}, true, false, false});
 }
 

@@ -147,7 +147,8 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch);
 // results as the single ops to their tolerances; bits of a row as everywhere here independent of T. Where a projection
 // reads a GdnMixer's result, `out` of the mixer holds o before its norm afterwards.
 // workspace: kDecodePhasesWorkspaceBytes, zeroed once before the first use, not shared by streams that overlap.
-// Launch: multiprocessors x 544 threads with all of their shared memory; nothing else may hold multiprocessors for good.
+// Launch: multiprocessors x 640 threads with all of their shared memory; nothing else may hold multiprocessors for
+// good.
 using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
 inline constexpr int64_t kDecodePhasesWorkspaceBytes = 256;
 Status decode_phases(std::span<const DecodePhase> phases, void* workspace, const Launch& launch);

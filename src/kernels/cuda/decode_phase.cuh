@@ -17,21 +17,10 @@
 // stands. Tiles are dealt to the blocks in turn.
 #pragma once
 
+#include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/decode_routing.cuh"
 #include "kernels/cuda/decode_stream.cuh"
-
-#ifdef TOKENSPEED_PHASE_CLOCKS
-__device__ long long phase_clocks[132][24][8];
-#define PHASE_CLOCK(k)                                               \
-  do {                                                               \
-    if (threadIdx.x == 0) c.shared.clocks[k] = clock64(); \
-  } while (0)
-#else
-#define PHASE_CLOCK(k) \
-  do {                 \
-  } while (0)
-#endif
 
 namespace tokenspeed::kernels::cuda {
 
@@ -146,7 +135,7 @@ struct PhaseProgram {
   SequenceBatch batch;
   unsigned* counters;  // arrivals at the barrier, blocks that have finished; zero between launches
   int slots;
-  int staged_bytes;   // of the largest phase
+  int staged_bytes;  // of the largest phase
   int phase_count;
   Phase phases[kPhasesPerLaunch];
 };
@@ -162,9 +151,6 @@ struct PhaseShared {
   int state_out[kDecodeTokens];
   float sums[kStageSums];
   Routing routing;
-#ifdef TOKENSPEED_PHASE_CLOCKS
-  long long clocks[8];
-#endif
   int described;  // phases[0, described) are there
   Phase phases[kPhasesPerLaunch];
 };
@@ -183,33 +169,16 @@ __device__ __forceinline__ void describe_phase(const PhaseProgram& program, Phas
 __device__ __forceinline__ const Phase& described_phase(const PhaseShared& s, int index) {
   int described;
   do {
-    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(described) : "r"(shared_address(&s.described)) : "memory");
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
+                 : "=r"(described)
+                 : "r"(shared_address(&s.described))
+                 : "memory");
   } while (described <= index);
   return s.phases[index];
 }
 
 // Of the 16 consumer warps.
 __device__ __forceinline__ void consumer_barrier() { stream_barrier(); }
-
-// ---- mbarriers ----
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra ready;\nbra "
-      "again;\nready:\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // ---- the ring ----
 
@@ -232,8 +201,8 @@ class RingProducer {
   __device__ int warp() const { return (threadIdx.x - kStreamThreads) / kWarp; }
   // The whole of every producer warp calls open(), copies and close() once per piece; bytes: of this warp's copies.
   __device__ void open(int bytes) {
-    barrier_wait(&s_.empty[at_.slot], at_.parity ^ 1);
-    if (threadIdx.x % kWarp == 0) barrier_expect(&s_.full[at_.slot], bytes);
+    barrier_wait(shared_address(&s_.empty[at_.slot]), at_.parity ^ 1);
+    if (threadIdx.x % kWarp == 0) barrier_arrive_expecting(shared_address(&s_.full[at_.slot]), bytes);
     __syncwarp();
   }
   __device__ void copy(int offset, const void* from, int bytes) {
@@ -246,7 +215,8 @@ class RingProducer {
   // The first warp's lane g * 8 + b brings the scale of group g's column block b; null: none.
   __device__ void copy_scale(const float* from) {
     const int lane = threadIdx.x % kWarp;
-    if (from != nullptr && warp() == 0 && lane < 2 * kPieceBlocks) copy4_async(shared_address(ring_ + at_.slot * kSlotBytes) + kPieceBytes + lane * 4, from);
+    if (from != nullptr && warp() == 0 && lane < 2 * kPieceBlocks)
+      copy4_async(shared_address(ring_ + at_.slot * kSlotBytes) + kPieceBytes + lane * 4, from);
   }
   __device__ void close() {
     if (warp() == 0 && threadIdx.x % kWarp < 2 * kPieceBlocks) {
@@ -273,13 +243,13 @@ class RingConsumer {
   // Which of the next four pieces is this warp's quad's.
   __device__ int turn() const { return (quad() - pieces_) % kQuads; }
   __device__ const uint8_t* wait() {
-    barrier_wait(&s_.full[slot_], parity_);
+    barrier_wait(shared_address(&s_.full[slot_]), parity_);
     return ring_ + slot_ * kSlotBytes;
   }
   // The warp is done with the piece it waited for.
   __device__ void release() {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(&s_.empty[slot_]);
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&s_.empty[slot_]));
     if ((slot_ += kQuads) >= slots_) {
       slot_ -= slots_;
       parity_ ^= 1;

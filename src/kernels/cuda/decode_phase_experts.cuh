@@ -35,7 +35,7 @@ struct UnitPlace {
 };
 
 __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, PhaseShared& s, uint32_t routed_parity,
-                                       RingProducer& ring) {
+                                                RingProducer& ring) {
   const int lane = threadIdx.x % kWarp;
   const int own_row = ring.warp() * kProducerRows + lane % kProducerRows;
   const bool fp8 = p.input.fp8;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, PhaseShare
   int entries = 0;
   for (UnitPlace unit(p);; unit.next(p)) {
     if (unit.entry >= 0 && !known) {
-      barrier_wait(&s.routed, routed_parity);
+      barrier_wait(shared_address(&s.routed), routed_parity);
       known = true;
       entries = s.routing.count;
     }
@@ -71,7 +71,7 @@ __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, PhaseShare
     }
   }
   // The next phase needs the choice even where this one had no use for it.
-  if (!known) barrier_wait(&s.routed, routed_parity);
+  if (!known) barrier_wait(shared_address(&s.routed), routed_parity);
 }
 
 template <int kRows>
@@ -86,12 +86,12 @@ __device__ __forceinline__ void stage_and_route(const GateUpPhase& p, const Norm
     if (threadIdx.x < kWarp) {
       choose_experts(p.router, routing, 0);
       list_one_row(p.router, routing);
-      if (threadIdx.x == 0) barrier_arrive(&c.shared.routed);
+      if (threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
     }
     consumer_barrier();
   } else {
     route_rows(p.router, p.input.rows, routing);
-    if (threadIdx.x == 0) barrier_arrive(&c.shared.routed);
+    if (threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
   }
   if (p.expert_ids == nullptr || blockIdx.x != 0) return;
   for (int i = threadIdx.x; i < p.input.rows * p.router.top_k; i += kStreamThreads) {
@@ -113,9 +113,7 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, Consumer& 
   NormWeights norm;
   norm.fetch(p.input.norm_weight, p.input.k);
   c.grid.wait();
-  PHASE_CLOCK(1);
   stage_and_route<kRows>(p, norm, c);
-  PHASE_CLOCK(2);
   const Routing& routing = c.shared.routing;
   const int entries = p.router.logits != nullptr ? routing.count : 0;
 
@@ -128,7 +126,6 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, Consumer& 
     unit.next(p);
     const bool more = unit.entry < entries;
     if (++slot < kSlots && more) continue;
-    PHASE_CLOCK(3);
     consumer_barrier();
     // silu(gate) * up. Every thread follows the block's units to its own ones.
     for (int i = 0; i < slot; ++i, done.next(p)) {
@@ -221,8 +218,8 @@ __device__ __forceinline__ void multiply_run(float (&acc)[4], const uint8_t* pie
 // This warp's chunks of a piece at byte `begin` of the entries' rows.
 template <int kRows>
 __device__ __forceinline__ void multiply_down_piece(const DownPhase& p, const DownShape& shape, const Routing& routing,
-                                           int routed, int entries, const uint8_t* piece, int begin, uint32_t staged,
-                                           float* partial) {
+                                                    int routed, int entries, const uint8_t* piece, int begin,
+                                                    uint32_t staged, float* partial) {
   const int lane = threadIdx.x % kWarp;
   const int first = threadIdx.x / kWarp % kQuadWarps * kWarpChunks;
   const int row_bytes = staged_row_bytes(p.width);
@@ -280,7 +277,6 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, Consumer& c) {
   };
   const int tiles = p.hidden / kTileRows;
   c.grid.wait();
-  PHASE_CLOCK(1);
 
   float old = 0;
   float gate = 1;
@@ -297,7 +293,6 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, Consumer& c) {
     }
   }
   consumer_barrier();
-  PHASE_CLOCK(2);
 
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int bytes = entries << shape.log_row_bytes;
@@ -307,7 +302,6 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, Consumer& c) {
       c.ring.release();
     }
     c.ring.passed((bytes + kPieceRow - 1) / kPieceRow);
-    PHASE_CLOCK(3);
     consumer_barrier();
     if (has_output) {
       const float scale = unstage_scale(p.fp8);

@@ -35,19 +35,15 @@ struct GdnTask {
     if (item < 2 * kGdnDim) return p.key_heads * kGdnDim + key_head * kGdnDim + item - kGdnDim;
     return 2 * p.key_heads * kGdnDim + head * kGdnDim + first_row + item - 2 * kGdnDim;
   }
-  __device__ int64_t state_offset() const {
-    return (static_cast<int64_t>(head) * kGdnDim + first_row) * kGdnDim * 4;
-  }
+  __device__ int64_t state_offset() const { return (static_cast<int64_t>(head) * kGdnDim + first_row) * kGdnDim * 4; }
 };
 __device__ __forceinline__ int gdn_tasks(const PhaseProgram& program, const GdnPhase& p) {
   return program.batch.sequences * p.value_heads * (kGdnDim / kGdnRows);
 }
-__device__ __forceinline__ int gdn_channels(const GdnPhase& p) {
-  return (2 * p.key_heads + p.value_heads) * kGdnDim;
-}
+__device__ __forceinline__ int gdn_channels(const GdnPhase& p) { return (2 * p.key_heads + p.value_heads) * kGdnDim; }
 
 __device__ __forceinline__ void produce_gdn(const PhaseProgram& program, const GdnPhase& p, const PhaseShared& s,
-                                   RingProducer& ring) {
+                                            RingProducer& ring) {
   for (int index = blockIdx.x; index < gdn_tasks(program, p); index += gridDim.x) {
     const GdnTask task(p, index);
     constexpr int kBytes = kGdnRows * kGdnDim * 4 / kProducerWarps;
@@ -93,8 +89,8 @@ struct GdnChannel {
   }
 };
 
-__device__ __forceinline__ void gdn_convolve(const GdnPhase& p, GdnChannel& c, const GdnTask& task, int token_begin, int tokens,
-                                    GdnStaged& s) {
+__device__ __forceinline__ void gdn_convolve(const GdnPhase& p, GdnChannel& c, const GdnTask& task, int token_begin,
+                                             int tokens, GdnStaged& s) {
   const int item = threadIdx.x;
   if (item >= kGdnItems) {
     const int t = item - kGdnItems;
@@ -133,7 +129,7 @@ __device__ __forceinline__ float dot4(const float4& a, const float4& b) {
 
 // The rule for this thread's eight state values of one row, all tokens.
 __device__ __forceinline__ void gdn_rule(const GdnPhase& p, const GdnTask& task, int token_begin, int tokens,
-                                const GdnStaged& s, float4 (&state)[2]) {
+                                         const GdnStaged& s, float4 (&state)[2]) {
   const int row = threadIdx.x / kGdnLanes;
   const int part = threadIdx.x % kGdnLanes;
   for (int t = 0; t < tokens; ++t) {
@@ -183,7 +179,6 @@ __device__ __forceinline__ void consume_gdn(const GdnPhase& p, Consumer& c) {
   GdnChannel channel;
   if (index < tasks) channel.fetch(p, c.shared, GdnTask(p, index));
   c.grid.wait();
-  PHASE_CLOCK(1);
   while (index < tasks) {
     const GdnTask task(p, index);
     const int token_begin = c.shared.token_begin[task.sequence];
@@ -193,7 +188,6 @@ __device__ __forceinline__ void consume_gdn(const GdnPhase& p, Consumer& c) {
     const uint8_t* const piece = c.ring.next();
     if (owner) c.ring.wait();
     consumer_barrier();  // the state is there, and q, k and v
-    PHASE_CLOCK(2);
     const int at = threadIdx.x / kGdnLanes * kGdnDim * 4 + threadIdx.x % kGdnLanes * 16;
     float4 state[2] = {};
     if (c.shared.state_in[task.sequence] >= 0) {
@@ -201,13 +195,11 @@ __device__ __forceinline__ void consume_gdn(const GdnPhase& p, Consumer& c) {
       state[1] = *reinterpret_cast<const float4*>(piece + at + 256);
     }
     consumer_barrier();
-    PHASE_CLOCK(3);
     if (owner) c.ring.release();
     c.ring.passed(1);
     if (tokens > 0) {
       gdn_rule(p, task, token_begin, tokens, s, state);
-      std::byte* const to =
-          p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset() + at;
+      std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset() + at;
       *reinterpret_cast<float4*>(to) = state[0];
       *reinterpret_cast<float4*>(to + 256) = state[1];
     }

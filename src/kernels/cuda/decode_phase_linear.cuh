@@ -128,14 +128,12 @@ __device__ __forceinline__ void consume_linear(const LinearPhase& p, Consumer& c
   }
 
   c.grid.wait();
-  PHASE_CLOCK(1);
   float old = y.at != nullptr && y.accumulate ? load_output(y) : 0.0f;
   if (p.z != nullptr) {
     stage_gated<kRows>(p, c.staged);
   } else {
     stage_rows<kRows>(p.input, norm, c.staged, c.shared.sums);
   }
-  PHASE_CLOCK(2);
   if (mixer != nullptr) tails.store();
 
   const bool active = lane / 4 < p.input.rows;
@@ -149,7 +147,6 @@ __device__ __forceinline__ void consume_linear(const LinearPhase& p, Consumer& c
                          partial + slot * kStreamWarps * kTileFloats);
     const bool more = index + blocks < p.tiles;
     if (++slot < kSlots && more) continue;
-    PHASE_CLOCK(3);
     consumer_barrier();
     for (int i = thread; i < slot * kTileFloats; i += kStreamThreads) {
       if (batch != static_cast<int>(blockIdx.x) || i >= kStreamThreads) {

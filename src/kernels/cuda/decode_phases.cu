@@ -37,10 +37,10 @@ __device__ __forceinline__ void produce(const PhaseProgram& program, PhaseShared
 }
 
 template <int kRows>
-__device__ __forceinline__ void consume(const PhaseProgram& program, PhaseShared& shared, uint8_t* staged, uint8_t* ring) {
+__device__ __forceinline__ void consume(const PhaseProgram& program, PhaseShared& shared, uint8_t* staged,
+                                        uint8_t* ring) {
   Consumer c = {program, shared, staged, RingConsumer(shared, ring, program.slots), GridBarrier(program.counters)};
   for (int i = 0; i < program.phase_count; ++i) {
-    PHASE_CLOCK(0);
     const Phase& phase = described_phase(shared, i);
     switch (phase.kind) {
       case PhaseKind::kLinear:
@@ -56,14 +56,7 @@ __device__ __forceinline__ void consume(const PhaseProgram& program, PhaseShared
         consume_down<kRows>(phase.down, c);
         break;
     }
-    PHASE_CLOCK(4);
     if (i + 1 < program.phase_count) c.grid.arrive();
-    PHASE_CLOCK(5);
-#ifdef TOKENSPEED_PHASE_CLOCKS
-    if (threadIdx.x == 0) {
-      for (int k = 0; k < 8; ++k) phase_clocks[blockIdx.x][i][k] = shared.clocks[k];
-    }
-#endif
   }
   allow_successor();
   c.grid.finish();
@@ -77,12 +70,12 @@ __global__ void __launch_bounds__(kPhaseThreads, 1) decode_phases_kernel(const _
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < program.slots; ++i) {
-      barrier_init(&shared.full[i], kFullArrivals);
-      barrier_init(&shared.empty[i], kQuadWarps);
+      barrier_init(shared_address(&shared.full[i]), kFullArrivals);
+      barrier_init(shared_address(&shared.empty[i]), kQuadWarps);
     }
-    barrier_init(&shared.routed, 1);
+    barrier_init(shared_address(&shared.routed), 1);
     shared.described = 0;
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   if (program.batch.token_begin != nullptr) {
     if (thread <= program.batch.sequences) shared.token_begin[thread] = program.batch.token_begin[thread];
@@ -114,8 +107,15 @@ bool streams(const Matrix& m) {
          (!fp8 || m.scale != nullptr);
 }
 StagedInput staged_input(const Rows& x, const float* norm_weight, float epsilon, int64_t rows, int64_t k, bool fp8) {
-  return {static_cast<const bf16*>(x.data), x.stride, norm_weight, epsilon, nullptr, 0, static_cast<int>(rows),
-          static_cast<int>(k), fp8};
+  return {static_cast<const bf16*>(x.data),
+          x.stride,
+          norm_weight,
+          epsilon,
+          nullptr,
+          0,
+          static_cast<int>(rows),
+          static_cast<int>(k),
+          fp8};
 }
 ExpertWeights expert_weights(const Matrix& m, int64_t width) {
   return {static_cast<const uint8_t*>(m.data), m.scale, static_cast<int>(width)};
@@ -362,19 +362,3 @@ Status decode_phases(std::span<const DecodePhase> phases, void* workspace, const
 }
 
 }  // namespace tokenspeed::kernels::cuda
-
-#ifdef TOKENSPEED_PHASE_CLOCKS
-#include <cstdio>
-extern "C" void print_phase_clocks() {
-  static long long clocks[132][24][8];
-  cudaMemcpyFromSymbol(clocks, phase_clocks, sizeof(clocks));
-  for (int b : {0, 5, 70, 127, 131}) {
-    printf("block %d: phase: prologue..waited staged streamed finished arrived (cycles; wait = until all blocks are there)\n", b);
-    for (int i = 0; i < 24; ++i) {
-      const long long* t = clocks[b][i];
-      printf("  %2d kind-pos %d: wait %6lld stage %6lld stream %6lld finish %6lld arrive %6lld | total %6lld\n", i, i % 6, t[1] - t[0], t[2] - t[1],
-             t[3] - t[2], t[4] - t[3], t[5] - t[4], i + 1 < 24 ? clocks[b][i + 1][0] - t[0] : 0);
-    }
-  }
-}
-#endif
