@@ -16,6 +16,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "kernels/cuda/decode.h"
@@ -146,15 +147,17 @@ struct Options {
   int64_t context = 128;
   bool quick = false;
   bool kv_fp8 = false;
-  bool phases = true;
 };
+
+using Phase = std::variant<cuda::DecodeLinear, kernels::GdnMixer, cuda::DecodeAttention, cuda::DecodeGateUp,
+                           cuda::DecodeDown>;
 
 // One step's ops by kind, in order.
 struct Op {
   const char* kind;
   int64_t bytes;
   std::function<Status(const cuda::Launch&)> launch;
-  std::optional<cuda::DecodePhase> phase;  // what decode_phases takes along
+  std::optional<Phase> phase;  // what a fused kernel is given
 };
 
 using Enqueue = std::function<void(const cuda::Launch&)>;
@@ -194,30 +197,6 @@ double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, boo
       },
       dependent, repeats);
 }
-// The same ops, runs of phases through decode_phases.
-double phases_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, void* workspace, bool dependent,
-                      int repeats) {
-  return graph_time_us(
-      stream,
-      [&](const cuda::Launch& launch) {
-        std::vector<cuda::DecodePhase> phases;
-        const auto flush = [&] {
-          if (!phases.empty()) require(cuda::decode_phases(phases, workspace, launch));
-          phases.clear();
-        };
-        for (const Op* op : ops) {
-          if (op->phase) {
-            phases.push_back(*op->phase);
-            continue;
-          }
-          flush();
-          require(op->launch(launch));
-        }
-        flush();
-      },
-      dependent, repeats);
-}
-
 double read_bandwidth(cudaStream_t stream, const void* from, int64_t bytes, uint32_t* sink) {
   std::vector<float> times;
   cudaEvent_t begin, end;
@@ -465,8 +444,6 @@ Options parse(int argc, char** argv) {
       o.rows = atoi(next().c_str());
     } else if (flag == "--context") {
       o.context = atoll(next().c_str());
-    } else if (flag == "--no-phases") {
-      o.phases = false;
     } else if (flag == "--kv-fp8") {
       o.kv_fp8 = true;
     } else if (flag == "--quick") {
@@ -499,9 +476,6 @@ int main(int argc, char** argv) {
   for (const Op& op : step.ops()) require(op.launch({stream, true}));
   require(cudaStreamSynchronize(stream), "first step");
   step.count_experts();
-  void* phase_workspace = nullptr;
-  require(cudaMalloc(&phase_workspace, cuda::kDecodePhasesWorkspaceBytes), "workspace");
-  require(cudaMemset(phase_workspace, 0, cuda::kDecodePhasesWorkspaceBytes), "workspace");
 
   std::vector<const Op*> all;
   std::vector<std::string> kinds;
@@ -519,24 +493,6 @@ int main(int argc, char** argv) {
   printf("step: %.3f GB, floor %.1f us\n", static_cast<double>(bytes) * 1e-9,
          static_cast<double>(bytes) / bandwidth * 1e6);
   const double whole = graph_time_us(stream, all, true, repeats);
-  if (o.phases) {
-    const double phased = phases_time_us(stream, all, phase_workspace, true, repeats);
-    report("persistent phases", phased);
-    report("persistent phases, again", phases_time_us(stream, all, phase_workspace, true, repeats));
-    report("the same, launches apart", phases_time_us(stream, all, phase_workspace, false, repeats));
-    for (const std::string& kind : kinds) {
-      std::vector<const Op*> others;
-      double count = 0;
-      for (const Op& op : step.ops()) {
-        const bool left_out = kind == op.kind || (kind[0] == '5' && op.kind[0] == '6');
-        if (!left_out) others.push_back(&op);
-        if (kind == op.kind) ++count;
-      }
-      if (kind[0] == '2' && kind.find("gated") != std::string::npos) continue;  // the next phase needs it
-      printf("  %-40s %8.2f us each in the step\n", (kind[0] == '5' ? "5, 6 experts" : kind).c_str(),
-             (phased - phases_time_us(stream, others, phase_workspace, true, repeats)) / count);
-    }
-  }
   report("one launch per op", whole);
   if (o.quick) return 0;
   report("one after the other", graph_time_us(stream, all, false, repeats));

@@ -243,8 +243,6 @@ CLI::App* add_model_bench(CLI::App* bench, const char* name, const char* descrip
   command->add_option("--input-len", flags->input_length, "Tokens of each prompt")->check(CLI::PositiveNumber);
   command->add_flag("--json", flags->json, "Print one JSON object");
   command->add_flag("--profile", flags->profile, "Then time each kind of operation of a step alone (GPU)");
-  command->add_flag("--persistent-decode", flags->model.persistent_decode,
-                    "Few tokens: one launch from barrier to barrier instead of launches that overlap (GPU)");
   add_model_flags(command, &flags->model);
   CLI::Option* ranks = command->add_option("--tensor-parallel-size,--tp", flags->model.tensor_parallel,
                                            "Ranks of a layout of which one is measured (GPU)");

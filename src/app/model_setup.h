@@ -27,7 +27,6 @@ struct ModelFlags {
   int32_t threads = 0;         // CPU only; 0: one per CPU
   double gpu_memory_utilization = 0.92;
   bool debug_sync = false;
-  bool persistent_decode = false;
   int32_t tensor_parallel = 1;  // above 1: one rank is run alone, to measure it
   int32_t rank = 0;
 };

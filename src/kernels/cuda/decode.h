@@ -23,8 +23,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
-#include <variant>
 
 #include "base/status.h"
 #include "kernels/attention.h"
@@ -141,17 +139,6 @@ struct DecodeAttention {
 inline constexpr int kDecodeKeyBlock = 64;
 int64_t decode_attention_workspace_bytes(const AttentionShape& shape, int64_t tokens, int64_t max_context);
 Status decode_attention(const DecodeAttention& args, const Launch& launch);
-
-// Ops one after the other with as few launches as possible: what the persistent kernel knows (all but attention and odd
-// shapes) runs as phases of one launch behind barriers of the grid, with the weights of later phases on their way. Same
-// results as the single ops to their tolerances; bits of a row as everywhere here independent of T. Where a projection
-// reads a GdnMixer's result, `out` of the mixer holds o before its norm afterwards.
-// workspace: kDecodePhasesWorkspaceBytes, zeroed once before the first use, not shared by streams that overlap.
-// Launch: multiprocessors x 640 threads with all of their shared memory; nothing else may hold multiprocessors for
-// good.
-using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
-inline constexpr int64_t kDecodePhasesWorkspaceBytes = 256;
-Status decode_phases(std::span<const DecodePhase> phases, void* workspace, const Launch& launch);
 
 // token[t] = the id of the greatest of logits[t, 0:vocabulary] (ties: the lower id); -1 if any is NaN or +inf or all
 // are -inf. workspace: decode_argmax_workspace_bytes(), zeroed once before the first use.

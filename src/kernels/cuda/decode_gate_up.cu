@@ -103,13 +103,8 @@ __global__ void __launch_bounds__(kStreamThreads, 2) decode_gate_up_kernel(const
   wait_for_predecessor();
   allow_successor();
   // Before more weights are asked for: behind 96 KB of them in the memory system the rows would take microseconds.
-  const bool routes = p.router.logits != nullptr;
-  if (routes && p.input.norm_weight == nullptr) {
-    stage_plain(p.input, staged, rows);  // while the first warps choose
-  } else {
-    stage_rows(p.input, norm, staged, sums);
-  }
-  if (routes) {
+  stage_rows(p.input, norm, staged, sums);
+  if (p.router.logits != nullptr) {
     route_rows(p.router, rows, routing);
     units += routing.count * p.routed_tiles;
     if (unit < units) source = Unit(p, routing, unit);

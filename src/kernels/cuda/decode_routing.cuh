@@ -4,7 +4,6 @@
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/decode.h"
-#include "kernels/cuda/decode_stream.cuh"
 
 namespace tokenspeed::kernels::cuda {
 
@@ -38,7 +37,7 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * kWarp + lane;
-    keys[i] = expert < router.experts ? ordered_bits(__ldcg(logits + expert)) : 0;
+    keys[i] = expert < router.experts ? ordered_bits(logits[expert]) : 0;
   }
   float greatest = 0;
   float mine = 0;  // lane i: exp(logit of choice i - greatest)
@@ -68,32 +67,10 @@ __device__ inline void choose_experts(const RouterParameters& router, Routing& r
   float sum = warp_sum(mine);
   if (!router.normalize) {
     sum = 0;
-    for (int i = lane; i < router.experts; i += kWarp) sum += __expf(__ldcg(logits + i) - greatest);
+    for (int i = lane; i < router.experts; i += kWarp) sum += __expf(logits[i] - greatest);
     sum = warp_sum(sum);
   }
   if (lane < router.top_k) routing.weights[t * router.top_k + lane] = mine / sum;
-}
-__device__ inline void choose_experts(const RouterParameters& router, Routing& routing, int t) {
-  if (router.experts <= 256) {
-    choose_experts<8>(router, routing, t);
-  } else {
-    choose_experts<kDecodeExperts / kWarp>(router, routing, t);
-  }
-}
-
-// By the warp that chose for the only row: all choices are distinct.
-__device__ inline void list_one_row(const RouterParameters& router, Routing& routing) {
-  const int lane = threadIdx.x % kWarp;
-  __syncwarp();
-  if (lane < router.top_k) {
-    const int id = routing.ids[lane];
-    routing.distinct[lane] = id;
-    routing.first_pair[id] = lane;
-    routing.index_of_pair[lane] = lane;
-    routing.slot[lane][0] = static_cast<int8_t>(lane);
-  }
-  if (lane == 0) routing.count = router.top_k;
-  __syncwarp();
 }
 
 // All threads of the block (at least kDecodeTokens warps); ends with a barrier. The order of `distinct` is that of
@@ -101,22 +78,21 @@ __device__ inline void list_one_row(const RouterParameters& router, Routing& rou
 __device__ inline void route_rows(const RouterParameters& router, int rows, Routing& routing) {
   const int warp = threadIdx.x / kWarp;
   const int pairs = rows * router.top_k;
-  if (rows > 1) {
-    for (int i = threadIdx.x; i < router.experts; i += kStreamThreads) routing.first_pair[i] = kRoutingPairs;
-    for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += kStreamThreads) {
-      reinterpret_cast<int*>(routing.slot)[i] = -1;
+  for (int i = threadIdx.x; i < router.experts; i += blockDim.x) routing.first_pair[i] = kRoutingPairs;
+  for (int i = threadIdx.x; i < kRoutingPairs * kDecodeTokens / 4; i += blockDim.x) {
+    reinterpret_cast<int*>(routing.slot)[i] = -1;
+  }
+  if (warp < rows) {
+    if (router.experts <= 256) {
+      choose_experts<8>(router, routing, warp);
+    } else {
+      choose_experts<kDecodeExperts / kWarp>(router, routing, warp);
     }
   }
-  if (warp < rows) choose_experts(router, routing, warp);
-  if (rows == 1) {
-    if (warp == 0) list_one_row(router, routing);
-    stream_barrier();
-    return;
-  }
-  stream_barrier();
-  for (int pair = threadIdx.x; pair < pairs; pair += kStreamThreads)
+  __syncthreads();
+  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x)
     atomicMin(&routing.first_pair[routing.ids[pair]], pair);
-  stream_barrier();
+  __syncthreads();
   if (warp == 0) {
     const int lane = threadIdx.x % kWarp;
     int count = 0;
@@ -138,7 +114,7 @@ __device__ inline void route_rows(const RouterParameters& router, int rows, Rout
     }
     if (lane == 0) routing.count = count;
   }
-  stream_barrier();
+  __syncthreads();
 }
 
 }  // namespace tokenspeed::kernels::cuda

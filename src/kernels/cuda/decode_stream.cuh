@@ -28,9 +28,6 @@ inline constexpr int kChunkBytes = 64;
 inline constexpr int kStageBytes = kTileRows * kChunkBytes;
 inline constexpr float kStagedScale = 0x1p-3f;
 
-// Of the 16 warps; a block may have others.
-__device__ __forceinline__ void stream_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kStreamThreads) : "memory"); }
-
 // This warp's chunks on their way. push() or pad() must have been called kStages times more than pop() before a pop().
 template <int kStages>
 class WeightRing {
@@ -184,27 +181,23 @@ struct StagedInput {
 inline constexpr int kStageSums = kDecodeTokens * kStreamWarps;  // floats of scratch
 
 // All threads of the block; returns with the rows visible to all. Sums are per row in one order whatever the rows.
-template <int kRows = kDecodeTokens>
 __device__ inline void stage_rows(const StagedInput& in, const NormWeights& norm, uint8_t* staged, float* sums) {
   const int vectors = in.k / 8;
   const int row_bytes = staged_row_bytes(in.k);
   const bool has_norm = in.norm_weight != nullptr;
-  float squares[kRows] = {};
+  float squares[kDecodeTokens] = {};
   for (int vector = threadIdx.x; vector < vectors; vector += kStreamThreads) {
     // Four rows' loads in flight at a time: more would spill.
-    constexpr int kFlight = kRows < 4 ? kRows : 4;
 #pragma unroll
-    for (int begin = 0; begin < kRows; begin += kFlight) {
+    for (int begin = 0; begin < kDecodeTokens; begin += 4) {
       if (begin >= in.rows) break;
-      uint4 raw[kFlight];
+      uint4 raw[4];
 #pragma unroll
-      for (int i = 0; i < kFlight; ++i) {
-        if (begin + i < in.rows) {
-          raw[i] = __ldcg(reinterpret_cast<const uint4*>(in.x + (begin + i) * in.stride + vector * 8));
-        }
+      for (int i = 0; i < 4; ++i) {
+        if (begin + i < in.rows) raw[i] = *reinterpret_cast<const uint4*>(in.x + (begin + i) * in.stride + vector * 8);
       }
 #pragma unroll
-      for (int i = 0; i < kFlight; ++i) {
+      for (int i = 0; i < 4; ++i) {
         if (begin + i >= in.rows) break;
         if (has_norm) {
           float v[8];
@@ -220,12 +213,12 @@ __device__ inline void stage_rows(const StagedInput& in, const NormWeights& norm
   }
   if (has_norm) {
 #pragma unroll
-    for (int t = 0; t < kRows; ++t) {
+    for (int t = 0; t < kDecodeTokens; ++t) {
       if (t >= in.rows) break;
       const float sum = warp_sum(squares[t]);
       if (threadIdx.x % kWarp == 0) sums[t * kStreamWarps + threadIdx.x / kWarp] = sum;
     }
-    stream_barrier();
+    __syncthreads();
     for (int t = 0; t < in.rows; ++t) {
       float sum = 0;
 #pragma unroll
@@ -249,21 +242,7 @@ __device__ inline void stage_rows(const StagedInput& in, const NormWeights& norm
       }
     }
   }
-  stream_barrier();
-}
-
-// Rows without a norm, by the warps from `first` on; a barrier must follow.
-__device__ inline void stage_plain(const StagedInput& in, uint8_t* staged, int first) {
-  const int vectors = in.k / 8;
-  const int row_bytes = staged_row_bytes(in.k);
-  for (int t = 0; t < in.rows; ++t) {
-    for (int i = static_cast<int>(threadIdx.x) - first * kWarp; i >= 0 && i < vectors;
-         i += kStreamThreads - first * kWarp) {
-      uint4 raw = __ldcg(reinterpret_cast<const uint4*>(in.x + t * in.stride + i * 8));
-      if (in.fp8) raw = stage_for_fp8(raw);
-      *reinterpret_cast<uint4*>(staged + t * row_bytes + i * 16) = raw;
-    }
-  }
+  __syncthreads();
 }
 
 // What the sum of chunk products is multiplied by at the end.

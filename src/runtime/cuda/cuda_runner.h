@@ -36,15 +36,14 @@ struct CudaRunnerOptions {
   int32_t max_sequences = 64;
   int32_t page_size = 64;
   int32_t max_model_length = 32768;
-  int32_t pages = 0;               // KV pages; 0: as many as kv_bytes hold
-  int64_t kv_bytes = 0;            // 0: what is left of memory_fraction after everything else
-  double memory_fraction = 0.92;   // of the GPU's memory, all told
-  int32_t state_slots = 0;         // 0: max_sequences
-  int32_t load_threads = 0;        // 0: as many as help
-  bool graphs = true;              // capture steps of one token per sequence
-  bool fused_decode = true;        // the kernels for few tokens where the model allows
-  bool persistent_decode = false;  // those as one launch from barrier to barrier, instead of launches that overlap
-  bool rank_only = false;          // run rank `rank` of a tensor-parallel layout alone, collectives left out
+  int32_t pages = 0;              // KV pages; 0: as many as kv_bytes hold
+  int64_t kv_bytes = 0;           // 0: what is left of memory_fraction after everything else
+  double memory_fraction = 0.92;  // of the GPU's memory, all told
+  int32_t state_slots = 0;        // 0: max_sequences
+  int32_t load_threads = 0;       // 0: as many as help
+  bool graphs = true;             // capture steps of one token per sequence
+  bool fused_decode = true;       // the kernels for few tokens where the model allows
+  bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
   int32_t rank = 0;
   bool debug_sync = false;  // wait after every launch: slow, but a fault of the device names its operation
   // Told once, on the thread that runs steps, when the device has failed; every request will fail from then on.

@@ -145,8 +145,7 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
       DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
   TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(8 + program.logit_rows * 4, "tokens"));
   if (options.fused_decode) {
-    TS_ASSIGN_OR_RETURN(decode_,
-                        DecodePlan::build(body_, std::max(options.max_model_length, 1024), options.persistent_decode));
+    TS_ASSIGN_OR_RETURN(decode_, DecodePlan::build(body_, std::max(options.max_model_length, 1024)));
   }
   const int64_t pages_of_one = (int64_t{options.max_model_length} + options.page_size - 1) / options.page_size;
   const int64_t page_bytes = std::max<int64_t>(1, program.kv.bytes_per_position() * options.page_size);

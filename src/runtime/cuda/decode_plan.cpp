@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <string>
 #include <utility>
-#include <variant>
 
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/norm.h"
@@ -111,7 +110,7 @@ class DecodePlanBuilder {
     return 0;
   }
 
-  void push(std::vector<OperationPart> parts, std::function<cuda::DecodePhase(const Context&)> phase) {
+  void push(std::vector<OperationPart> parts, std::function<DecodePlan::Phase(const Context&)> phase) {
     plan_.calls_.push_back({std::move(parts), std::move(phase), {}});
   }
   void push_plain(std::vector<OperationPart> parts, std::function<Status(const Context&)> run) {
@@ -372,12 +371,8 @@ class DecodePlanBuilder {
   std::byte* next_gate_ = nullptr;
 };
 
-Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context, bool persistent) {
-  TS_ASSIGN_OR_RETURN(DecodePlan plan, DecodePlanBuilder(program, max_context).build());
-  if (persistent && !plan.empty()) {
-    TS_ASSIGN_OR_RETURN(plan.barrier_, DeviceMemory::allocate(cuda::kDecodePhasesWorkspaceBytes, "decoding"));
-  }
-  return plan;
+Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context) {
+  return DecodePlanBuilder(program, max_context).build();
 }
 
 namespace {
@@ -396,11 +391,7 @@ struct LaunchPhase {
 Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
                             const LaunchObserver& observe) const {
   const Context context = {rank, step, max_context};
-  return barrier_.size() > 0 && !observe ? run_together(context) : run_singly(context, observe);
-}
-
-Status DecodePlan::run_singly(const Context& context, const LaunchObserver& observe) const {
-  const cuda::Launch launch = {.stream = context.rank.streams[0]};
+  const cuda::Launch launch = {.stream = rank.streams[0]};
   for (const Call& call : calls_) {
     if (observe) TS_RETURN_IF_ERROR(observe(call.parts));
     Status status = call.phase ? std::visit(LaunchPhase{launch}, call.phase(context)) : call.run(context);
@@ -408,26 +399,6 @@ Status DecodePlan::run_singly(const Context& context, const LaunchObserver& obse
     return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
   }
   return {};
-}
-
-Status DecodePlan::run_together(const Context& context) const {
-  const cuda::Launch launch = {.stream = context.rank.streams[0]};
-  std::vector<cuda::DecodePhase> phases;
-  const auto launch_phases = [&]() -> Status {
-    if (phases.empty()) return {};
-    TS_RETURN_IF_ERROR(cuda::decode_phases(phases, barrier_.data(), launch));
-    phases.clear();
-    return {};
-  };
-  for (const Call& call : calls_) {
-    if (call.phase) {
-      phases.push_back(call.phase(context));
-      continue;
-    }
-    TS_RETURN_IF_ERROR(launch_phases());
-    TS_RETURN_IF_ERROR(call.run(context));
-  }
-  return launch_phases();
 }
 
 Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe) const {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <variant>
 #include <vector>
 
 #include "compile/program.h"
@@ -15,8 +16,7 @@ class DecodePlan {
  public:
   DecodePlan() = default;
   // Empty when the Program has operations or sizes that the fused kernels do not take. `program` must outlive the plan.
-  // persistent: consecutive phases are one launch, with barriers of the whole GPU between them.
-  static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context, bool persistent);
+  static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
   bool empty() const { return calls_.empty(); }
 
   // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, and as many wanted ones.
@@ -31,17 +31,16 @@ class DecodePlan {
     const CudaStep& step;
     int64_t max_context;
   };
+  // What one fused kernel takes.
+  using Phase = std::variant<kernels::cuda::DecodeLinear, kernels::GdnMixer, kernels::cuda::DecodeAttention,
+                             kernels::cuda::DecodeGateUp, kernels::cuda::DecodeDown>;
   struct Call {
-    std::vector<OperationPart> parts;                                 // the first names the call
-    std::function<kernels::cuda::DecodePhase(const Context&)> phase;  // or, where there is no fused kernel,
+    std::vector<OperationPart> parts;            // the first names the call
+    std::function<Phase(const Context&)> phase;  // or, where there is no fused kernel,
     std::function<Status(const Context&)> run;
   };
-  Status run_singly(const Context& context, const LaunchObserver& observe) const;
-  Status run_together(const Context& context) const;
-
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
-  DeviceMemory barrier_;  // of persistent phases; empty: every phase is a launch
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
 };
 
