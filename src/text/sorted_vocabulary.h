@@ -4,14 +4,14 @@
 //   ids:    [ … "1"  "10"  "100"  "11" … "5"  "5."  … ]      tokens that share a prefix lie together, the prefix first
 //
 // Invariant: immutable; any number of threads may match at once. Special tokens are left out: they have no text.
-// Cost: one sort at construction (0.1 s for 248,320 tokens); a match tries only the bytes that continue accepted
-// prefixes.
+// Cost: one sort at construction (0.1 s for 248,320 tokens); finding the tokens towards a text is a binary search per
+// byte of the longest of them, a match tries only the bytes that continue accepted prefixes.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "text/tokenizer.h"
@@ -22,10 +22,11 @@ class SortedVocabulary {
  public:
   explicit SortedVocabulary(const Tokenizer& tokenizer);  // must outlive this
 
-  // Replaces *ids by the tokens of which every prefix, appended to `text`, passes `may_continue(std::string_view)`.
+  // Appends the tokens that `text` starts with, and those that start with all of `text`.
+  void add_towards(std::string_view text, std::vector<int32_t>* ids) const;
+  // Appends the tokens of which every prefix, appended to `text`, passes `may_continue(std::string_view)`.
   template <typename MayContinue>
-  void match(std::string text, const MayContinue& may_continue, std::vector<int32_t>* ids) const {
-    ids->clear();
+  void add_matching(std::string text, const MayContinue& may_continue, std::vector<int32_t>* ids) const {
     collect(entries_, 0, &text, may_continue, ids);
   }
 
@@ -39,21 +40,19 @@ class SortedVocabulary {
   template <typename MayContinue>
   static void collect(std::span<const Entry> entries, size_t depth, std::string* text, const MayContinue& may_continue,
                       std::vector<int32_t>* ids) {
-    while (!entries.empty() && entries.front().bytes->size() == depth) {
-      ids->push_back(entries.front().id);
-      entries = entries.subspan(1);
-    }
+    entries = take_complete(entries, depth, ids);
     while (!entries.empty()) {
-      const char byte = (*entries.front().bytes)[depth];
-      const auto end = std::partition_point(entries.begin(), entries.end(),
-                                            [&](const Entry& entry) { return (*entry.bytes)[depth] == byte; });
-      const auto count = static_cast<size_t>(end - entries.begin());
-      text->push_back(byte);
-      if (may_continue(std::string_view(*text))) collect(entries.first(count), depth + 1, text, may_continue, ids);
+      const std::span<const Entry> same = first_with_same_byte(entries, depth);
+      text->push_back((*same.front().bytes)[depth]);
+      if (may_continue(std::string_view(*text))) collect(same, depth + 1, text, may_continue, ids);
       text->pop_back();
-      entries = entries.subspan(count);
+      entries = entries.subspan(same.size());
     }
   }
+  // Appends the entries of just `depth` bytes, which come first, and returns the rest.
+  static std::span<const Entry> take_complete(std::span<const Entry> entries, size_t depth, std::vector<int32_t>* ids);
+  // The leading entries whose byte at `depth` is that of the first.
+  static std::span<const Entry> first_with_same_byte(std::span<const Entry> entries, size_t depth);
 
   std::vector<Entry> entries_;
 };

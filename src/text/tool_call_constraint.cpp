@@ -1,5 +1,6 @@
 #include "text/tool_call_constraint.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -20,8 +21,15 @@ std::span<const int32_t> ToolCallConstraint::allowed() {
   allowed_.clear();
   const OpenValue value = parser_.open_value();
   if (value.grammar == nullptr || value.grammar->match(value.text) != TagMatch::kPartial) return {};
-  const auto may_continue = [&](std::string_view text) { return value.grammar->match(text) != TagMatch::kNo; };
-  vocabulary_->match(std::string(value.text), may_continue, &allowed_);
+  for (const std::string& rest : value.grammar->literal_completions(value.text)) {
+    vocabulary_->add_towards(rest, &allowed_);
+  }
+  if (value.grammar->number != ValueGrammar::Number::kNone) {
+    const auto may_continue = [&](std::string_view text) { return value.grammar->match_number(text) != TagMatch::kNo; };
+    vocabulary_->add_matching(std::string(value.text), may_continue, &allowed_);
+  }
+  std::sort(allowed_.begin(), allowed_.end());  // literals share tokens
+  allowed_.erase(std::unique(allowed_.begin(), allowed_.end()), allowed_.end());
   return allowed_;
 }
 

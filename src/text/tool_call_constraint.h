@@ -24,7 +24,7 @@ class ToolCallConstraint {
   ToolCallConstraint(const Tokenizer& tokenizer, const SortedVocabulary& vocabulary, OutputParserOptions options,
                      std::string_view forced_prefix);
   void push(int32_t token);
-  // The tokens that may come next, in no particular order; empty: any. Valid until the next call.
+  // The tokens that may come next, ascending; empty: any. Valid until the next call.
   std::span<const int32_t> allowed();
 
  private:

@@ -75,6 +75,7 @@ void add_literals(const Json& value, std::vector<std::string>* literals) {
 }
 
 ValueGrammar grammar_of_values(const Json& values, bool nullable) {
+  if (values.size() > kMostLiterals) return {};
   ValueGrammar grammar;
   for (const Json& value : values) {
     if (value.is_structured()) return {};
@@ -142,7 +143,7 @@ bool skip_digits(std::string_view text, size_t* at, size_t most = kMostDigits) {
 }
 
 // Is `text` a number of JSON's form (kYes: and more digits may follow), or the start of one?
-TagMatch match_number(std::string_view text, bool integer) {
+TagMatch match_digits(std::string_view text, bool integer) {
   const auto unless_at_end = [&](size_t at) { return at == text.size() ? TagMatch::kPartial : TagMatch::kNo; };
   size_t at = text.starts_with('-') ? 1 : 0;
   if (at < text.size() && text[at] == '0') {
@@ -162,25 +163,34 @@ TagMatch match_number(std::string_view text, bool integer) {
   return at == text.size() ? TagMatch::kYes : TagMatch::kNo;
 }
 
-// Does `text` start with `value` and the closing tag?
-TagMatch match_closed(std::string_view text, std::string_view value) {
-  if (text.size() <= value.size()) return value.starts_with(text) ? TagMatch::kPartial : TagMatch::kNo;
-  return text.starts_with(value) ? match_tag(text.substr(value.size()), kValueClose) : TagMatch::kNo;
-}
+std::string whole_text(const std::string& literal) { return "\n" + literal + std::string(kValueClose); }
 
 }  // namespace
 
 TagMatch ValueGrammar::match(std::string_view text) const {
+  TagMatch best = match_number(text);
+  for (const std::string& literal : literals) best = std::max(best, match_tag(text, whole_text(literal)));
+  return best;
+}
+
+TagMatch ValueGrammar::match_number(std::string_view text) const {
+  if (number == Number::kNone) return TagMatch::kNo;
   if (text.empty()) return TagMatch::kPartial;
   if (text.front() != '\n') return TagMatch::kNo;
   text.remove_prefix(1);
-  TagMatch best = TagMatch::kNo;
-  for (const std::string& literal : literals) best = std::max(best, match_closed(text, literal));
-  if (number == Number::kNone) return best;
   const std::string_view value = text.substr(0, text.find('\n'));
-  const TagMatch matched = match_number(value, number == Number::kInteger);
-  if (value.size() == text.size()) return std::max(best, std::min(matched, TagMatch::kPartial));
-  return matched == TagMatch::kYes ? std::max(best, match_closed(text, value)) : best;
+  const TagMatch matched = match_digits(value, number == Number::kInteger);
+  if (value.size() == text.size()) return std::min(matched, TagMatch::kPartial);
+  return matched == TagMatch::kYes ? match_tag(text.substr(value.size()), kValueClose) : TagMatch::kNo;
+}
+
+std::vector<std::string> ValueGrammar::literal_completions(std::string_view text) const {
+  std::vector<std::string> completions;
+  for (const std::string& literal : literals) {
+    const std::string whole = whole_text(literal);
+    if (whole.starts_with(text)) completions.push_back(whole.substr(text.size()));
+  }
+  return completions;
 }
 
 ParameterSchemas read_parameter_schemas(const std::string& parameters_json) {

@@ -1,7 +1,7 @@
 // What a tool's JSON schema says about the value of each parameter: its types, for turning text into JSON
 // (text/tool_value.h), and, where these leave few forms, the grammar its text must follow while it is generated.
 // Invariant: every text of a grammar converts to JSON of a declared type. Cost: a schema is read once per request; a
-// test of a prefix is linear in it and in the number of literals.
+// match is linear in the text and in the number of literals, which is bounded.
 #pragma once
 
 #include <string>
@@ -23,6 +23,10 @@ struct ValueGrammar {
   bool restricts() const { return number != Number::kNone || !literals.empty(); }
   // Does `text`, which follows `<parameter=NAME>`, start with "\n" VALUE "\n</parameter>\n"? kPartial: it may yet.
   TagMatch match(std::string_view text) const;
+  // The same where the value is a number, whatever the literals.
+  TagMatch match_number(std::string_view text) const;
+  // What would complete `text` to each literal and its closing tag; only for literals that it may yet become.
+  std::vector<std::string> literal_completions(std::string_view text) const;
 };
 
 struct ValueSchema {
@@ -32,7 +36,9 @@ struct ValueSchema {
 using ParameterSchemas = std::unordered_map<std::string, ValueSchema>;
 
 // The parameters named in `parameters_json` (a JSON schema of type object). Unreadable: none.
-// Enumerations of scalars, and types that are all integer, number, boolean or null, have a grammar.
+// Enumerations of at most kMostLiterals scalars, and types that are all integer, number, boolean or null, have a
+// grammar. A longer enumeration would hold up every request's step while its tokens are looked up.
+inline constexpr size_t kMostLiterals = 1000;
 ParameterSchemas read_parameter_schemas(const std::string& parameters_json);
 
 }  // namespace tokenspeed::text

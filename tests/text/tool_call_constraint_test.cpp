@@ -53,6 +53,9 @@ TEST(ValueGrammar, TheSchemaDecidesWhatIsRestricted) {
   EXPECT_TRUE(matches(R"({"enum":[1,true,null]})", "None"));
   EXPECT_TRUE(matches(R"({"enum":["a"],"nullable":true})", "null"));
   EXPECT_TRUE(matches(R"({"const":7})", "7"));
+  std::string many = R"({"enum":["0")";
+  for (size_t i = 1; i <= kMostLiterals; ++i) many += ",\"" + std::to_string(i) + "\"";
+  EXPECT_FALSE(grammar(many + "]}").restricts());
   for (const char* open :
        {R"({"type":"string"})", R"({"type":"array"})", R"({"type":["string","number"]})", "{}", R"({"enum":[["a"]]})",
         R"({"enum":[]})", R"({"anyOf":[{"type":"number"},{"enum":["a"]}]})"}) {
@@ -60,28 +63,11 @@ TEST(ValueGrammar, TheSchemaDecidesWhatIsRestricted) {
   }
 }
 
-TEST(SortedVocabulary, MatchesWhatTryingEveryTokenMatches) {
-  const ValueGrammar number = grammar(R"({"type":"number"})");
-  for (const std::string text : {"", "\n", "\n12", "\n12\n</para", "\n1."}) {
-    const auto may_continue = [&](std::string_view longer) { return number.match(longer) != TagMatch::kNo; };
-    std::vector<int32_t> found;
-    vocabulary().match(text, may_continue, &found);
-    std::sort(found.begin(), found.end());
-    std::vector<int32_t> expected;
-    for (int32_t id = 0; id < demo().vocabulary_size(); ++id) {
-      const std::string* bytes = demo().token_bytes(id);
-      if (bytes != nullptr && !demo().is_special(id) && may_continue(text + *bytes)) expected.push_back(id);
-    }
-    EXPECT_EQ(found, expected) << text;
-    EXPECT_FALSE(found.empty());
-  }
-}
-
 OutputParserOptions options() {
   OutputParserOptions result;
   result.starts_in_reasoning = false;
   result.tools = {{"f", R"({"type":"object","properties":{"n":{"type":"number"},"s":{"type":"string"},
-                            "b":{"type":"boolean"},"unit":{"type":"string","enum":["km/h","°C"]}}})"}};
+                            "b":{"type":"boolean"},"mixed":{"type":["integer","null"]},"unit":{"type":"string","enum":["km/h","°C"]}}})"}};
   return result;
 }
 
@@ -128,6 +114,30 @@ TEST(ToolCallConstraint, AForcedPrefixCounts) {
   EXPECT_FALSE(writer.allowed().empty());
   writer.write("\nperhaps");  // as no sampled token could
   EXPECT_TRUE(writer.allowed().empty());
+}
+
+TEST(ToolCallConstraint, AllowsWhatTryingEveryTokenAllows) {
+  const std::vector<std::pair<std::string, std::vector<std::string>>> cases = {
+      {"n", {"", "\n", "\n12", "\n12\n</para", "\n1."}},
+      {"b", {"", "\n", "\nt", "\nFal", "\ntrue", "\ntrue\n</parameter"}},
+      {"unit", {"", "\n", "\nk", "\nkm/h\n", "\n\xC2"}},
+      {"mixed", {"", "\n", "\n1", "\nn", "\nNone\n"}}};
+  for (const auto& [name, texts] : cases) {
+    const ValueGrammar rules = read_parameter_schemas(options().tools[0].parameters_json).at(name).grammar;
+    for (const std::string& text : texts) {
+      SCOPED_TRACE(name + ": " + text);
+      Writer writer("<tool_call>\n<function=f>\n<parameter=" + name + ">" + text);
+      std::vector<int32_t> expected;
+      for (int32_t id = 0; id < demo().vocabulary_size(); ++id) {
+        const std::string* bytes = demo().token_bytes(id);
+        if (bytes == nullptr || bytes->empty() || demo().is_special(id)) continue;
+        if (rules.match(text + *bytes) != TagMatch::kNo) expected.push_back(id);
+      }
+      const auto allowed = writer.allowed();
+      EXPECT_EQ(std::vector<int32_t>(allowed.begin(), allowed.end()), expected);
+      EXPECT_FALSE(expected.empty());
+    }
+  }
 }
 
 // Whatever allowed tokens a model picks, the value that comes out has the declared type.
