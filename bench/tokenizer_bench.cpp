@@ -1,4 +1,4 @@
-// Tokenizer throughput on one core: tokenizer_bench [TOKENIZER_JSON [TEXT_FILE]].
+// Tokenizer throughput on one core: tokenizer_bench [DIRECTORY_OF_TOKENIZER_JSON [TEXT_FILE]].
 // Defaults: the demo model's tokenizer and the Markdown files of this repository. "first" is a text that a tokenizer
 // fresh from its file meets for the first time; "again" is the same text once more: the tokenizer remembers one byte
 // for each vocabulary entry (whether its own merges give it), and the processor's caches are warm. Best of kRounds.
