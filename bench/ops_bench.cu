@@ -19,45 +19,15 @@
 #include <variant>
 #include <vector>
 
+#include "bench/device_data.cuh"
 #include "kernels/cuda/decode.h"
 
 namespace {
 
 using namespace tokenspeed;
 using namespace tokenspeed::kernels;
+using namespace tokenspeed::bench;
 
-void require(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  exit(1);
-}
-void require(const Status& status) {
-  if (status.ok()) return;
-  fprintf(stderr, "%s\n", status.to_string().c_str());
-  exit(1);
-}
-
-__device__ uint32_t hash(uint64_t x) {
-  x ^= x >> 31;
-  x *= 0x9E3779B97F4A7C15ull;
-  x ^= x >> 29;
-  x *= 0xBF58476D1CE4E5B9ull;
-  return static_cast<uint32_t>(x >> 32);
-}
-enum class Fill { kFp8, kBf16, kFloat };
-__global__ void fill_kernel(uint32_t* out, int64_t words, Fill fill, float scale, uint64_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < words; i += gridDim.x * int64_t{blockDim.x}) {
-    const uint32_t a = hash(seed + 2 * i), b = hash(seed + 2 * i + 1);
-    const auto uniform = [scale](uint32_t bits) { return (static_cast<float>(bits >> 8) * 0x1p-23f - 1.0f) * scale; };
-    if (fill == Fill::kFp8) {
-      out[i] = a & 0xf7f7f7f7u;  // no NaN codes
-    } else if (fill == Fill::kBf16) {
-      out[i] = (__float_as_uint(uniform(a)) >> 16) | (__float_as_uint(uniform(b)) & 0xffff0000u);
-    } else {
-      out[i] = __float_as_uint(uniform(a));
-    }
-  }
-}
 __global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
   uint32_t sum = 0;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} * 8 + threadIdx.x; i < count;
@@ -70,61 +40,6 @@ __global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
   }
   if (sum == 0x12345678u) *sink = sum;
 }
-
-class Arena {
- public:
-  explicit Arena(int64_t bytes) : bytes_(bytes) {
-    require(cudaMalloc(&base_, static_cast<size_t>(bytes)), "cudaMalloc");
-  }
-  ~Arena() { cudaFree(base_); }
-  void* take(int64_t bytes) {
-    void* const at = base_ + used_;
-    used_ += (bytes + 255) / 256 * 256;
-    if (used_ > bytes_) {
-      fprintf(stderr, "the arena of %.1f GB is too small\n", static_cast<double>(bytes_) * 1e-9);
-      exit(1);
-    }
-    return at;
-  }
-  void* filled(int64_t bytes, Fill fill, float scale) {
-    void* const at = take(bytes);
-    fill_kernel<<<2048, 256>>>(static_cast<uint32_t*>(at), (bytes + 3) / 4, fill, scale, seed_ += 0x1234567);
-    return at;
-  }
-  float* floats(int64_t count, float scale) { return static_cast<float*>(filled(count * 4, Fill::kFloat, scale)); }
-  Rows rows(int64_t count, int64_t columns, DType dtype = DType::kBFloat16) {
-    const bool wide = dtype == DType::kFloat32;
-    return {filled(count * columns * (wide ? 4 : 2), wide ? Fill::kFloat : Fill::kBf16, 1.0f), dtype, columns};
-  }
-  Matrix matrix(int64_t n, int64_t k, bool fp8, int64_t count = 1) {
-    Matrix m;
-    m.n = n;
-    m.k = k;
-    m.dtype = fp8 ? DType::kFloat8E4M3 : DType::kBFloat16;
-    m.data = filled(n * k * count * (fp8 ? 1 : 2), fp8 ? Fill::kFp8 : Fill::kBf16, 0.03f);
-    if (fp8) {
-      // Positive scales near 1e-4: random codes have a deviation of about 150.
-      const int64_t blocks = (n + 127) / 128 * ((k + 127) / 128) * count;
-      std::vector<float> scales(static_cast<size_t>(blocks), 1.2e-4f);
-      float* const at = static_cast<float*>(take(blocks * 4));
-      require(cudaMemcpy(at, scales.data(), scales.size() * 4, cudaMemcpyHostToDevice), "cudaMemcpy");
-      m.scale = at;
-    }
-    return m;
-  }
-  template <typename T>
-  T* upload(const std::vector<T>& values) {
-    T* const at = static_cast<T*>(take(static_cast<int64_t>(values.size() * sizeof(T))));
-    require(cudaMemcpy(at, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-    return at;
-  }
-
- private:
-  std::byte* base_ = nullptr;
-  int64_t bytes_;
-  int64_t used_ = 0;
-  uint64_t seed_ = 1;
-};
 
 struct Model {
   const char* name;
@@ -313,7 +228,7 @@ class Step {
         arena_.take(cuda::decode_attention_workspace_bytes(attention, rows, o_.context + rows) + 256);
     void* const argmax_workspace = arena_.take(1024);
     require(cudaMemset(argmax_workspace, 0, 1024), "cudaMemset");
-    int32_t* const tokens = static_cast<int32_t*>(arena_.take(256));
+    int32_t* const tokens = reinterpret_cast<int32_t*>(arena_.take(256));
     const float* const norm = arena_.floats(m.hidden, 0.1f);
     const float* const head_norm = arena_.floats(256, 0.1f);
     const float* const conv = arena_.floats(channels * 4, 0.5f);
@@ -406,8 +321,8 @@ class Step {
       down.shared_gate_stride = gate.stride;
       down.h = h;
       down.y = x;
-      up.expert_ids = static_cast<int32_t*>(arena_.take(rows * m.top_k * 4));
-      up.expert_weights = static_cast<float*>(arena_.take(rows * m.top_k * 4));
+      up.expert_ids = reinterpret_cast<int32_t*>(arena_.take(rows * m.top_k * 4));
+      up.expert_weights = reinterpret_cast<float*>(arena_.take(rows * m.top_k * 4));
       add_phase("5 gate and up", 0, up, &cuda::decode_gate_up);
       add_phase("6 down", 0, down, &cuda::decode_down);
     }
@@ -465,7 +380,7 @@ int main(int argc, char** argv) {
   {
     Arena scratch(int64_t{8} << 30);
     void* const data = scratch.filled((int64_t{8} << 30) - 4096, Fill::kBf16, 1.0f);
-    bandwidth = read_bandwidth(stream, data, (int64_t{8} << 30) - 4096, static_cast<uint32_t*>(scratch.take(256)));
+    bandwidth = read_bandwidth(stream, data, (int64_t{8} << 30) - 4096, reinterpret_cast<uint32_t*>(scratch.take(256)));
   }
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, 0), "properties");
