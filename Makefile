@@ -6,7 +6,7 @@ ARGS ?=
 FUZZ_SECONDS ?= 60
 SOURCES = $(shell git ls-files 'src/*.cpp' 'src/*.h' 'tests/*.cpp' 'tests/*.h' 'bench/*.cpp' 'bench/*.h')
 
-.PHONY: help run build test test-all test-gpu test-long test-instruction-sets test-client sanitizers \
+.PHONY: help run build test test-all test-gpu test-gpu-checked test-long test-instruction-sets test-client sanitizers \
   fuzz check-format check-tidy dependencies development-dependencies
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test       build and run the fast tests and the goldens'
 	@echo 'make test-all   also the long tests, the sanitizers, the OpenAI client and the fuzzers (a minute each)'
 	@echo 'make test-gpu   build and run everything that a GPU can check'
+	@echo 'make test-gpu-checked   the kernels under compute-sanitizer and with random pauses'
 
 run: build
 	build/tokenspeed demo $(ARGS)
@@ -33,11 +34,21 @@ test: dependencies
 	cmake --build --preset release -j $(JOBS)
 	ctest --test-dir build/release -L fast -j $(JOBS) --output-on-failure
 
-# Needs a GPU and a CUDA toolkit; the summary is the test program's last lines.
+# Needs a GPU and a CUDA toolkit; the test program's last line is the summary.
 test-gpu: dependencies
 	cmake --preset release
 	cmake --build --preset release --target gpu_tests -j $(JOBS)
 	build/release/gpu_tests
+
+# The same kernels under NVIDIA's checkers, and with random pauses; takes minutes.
+CHECKED = compute-sanitizer --error-exitcode 9
+test-gpu-checked: dependencies
+	cmake --preset release
+	cmake --build --preset release --target gpu_tests gpu_delay_tests gpu_race_tests -j $(JOBS)
+	build/release/gpu_delay_tests
+	$(CHECKED) --tool memcheck build/release/gpu_tests --gtest_filter='FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
+	$(CHECKED) --tool initcheck build/release/gpu_tests --gtest_filter='FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
+	$(CHECKED) --tool racecheck build/release/gpu_race_tests
 
 # The CPU kernels of older machines than this one.
 test-instruction-sets: dependencies
@@ -55,6 +66,7 @@ test-client: build development-dependencies
 	python3 -m venv build/venv && build/venv/bin/pip install --quiet openai
 	build/venv/bin/python tests/server/openai_client_test.py --binary build/tokenspeed
 	python3 tests/server/golden_completions_test.py --binary build/tokenspeed
+	python3 tests/server/cancelling_clients_test.py --binary build/tokenspeed
 
 # The fast sets of every room under AddressSanitizer with UndefinedBehaviorSanitizer, and of those that have threads
 # under ThreadSanitizer, which runs fifteen times slower: one model of the runtime's stands for all there.

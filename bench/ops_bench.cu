@@ -64,8 +64,8 @@ struct Options {
   bool kv_fp8 = false;
 };
 
-using Phase = std::variant<cuda::DecodeLinear, kernels::GdnMixer, cuda::DecodeAttention, cuda::DecodeGateUp,
-                           cuda::DecodeDown>;
+using Phase =
+    std::variant<cuda::DecodeLinear, kernels::GdnMixer, cuda::DecodeAttention, cuda::DecodeGateUp, cuda::DecodeDown>;
 
 // One step's ops by kind, in order.
 struct Op {
@@ -224,8 +224,9 @@ class Step {
     const Rows gate = arena_.rows(rows, 8, DType::kFloat32);
     void* const h = arena_.take(rows * (m.top_k + 1) * std::max(m.width, m.shared_width) * 2);
     const Rows logits = arena_.rows(rows, m.vocabulary, DType::kFloat32);
-    void* const attention_workspace =
-        arena_.take(cuda::decode_attention_workspace_bytes(attention, rows, o_.context + rows) + 256);
+    const int64_t attention_bytes = cuda::decode_attention_workspace_bytes(attention, rows, o_.context + rows);
+    void* const attention_workspace = arena_.take(attention_bytes + 256);
+    require(cudaMemset(attention_workspace, 0, static_cast<size_t>(attention_bytes)), "cudaMemset");
     void* const argmax_workspace = arena_.take(1024);
     require(cudaMemset(argmax_workspace, 0, 1024), "cudaMemset");
     int32_t* const tokens = reinterpret_cast<int32_t*>(arena_.take(256));

@@ -2,6 +2,7 @@
 // the layers: where the time to the first token goes.
 //
 //   prefill_ops_bench [--rows T] [--context N] [--sequences S] [--dtype fp8|bf16]
+//                     [--kv-cache-dtype fp8|bf16]
 //
 // One sequence of T rows after N tokens (or S of them). Medians of event-timed calls; FLOP/s against 790 TFLOP/s (a
 // large bfloat16 product of this machine) and the bytes an op must move against 4.6 TB/s.
@@ -39,6 +40,7 @@ struct Options {
   int64_t context = 0;
   int64_t sequences = 1;
   bool fp8 = true;
+  bool kv_fp8 = false;
 };
 
 Options parse(int argc, char** argv) {
@@ -49,6 +51,7 @@ Options parse(int argc, char** argv) {
     if (name == "--context") options.context = atoll(argv[i + 1]);
     if (name == "--sequences") options.sequences = atoll(argv[i + 1]);
     if (name == "--dtype") options.fp8 = strcmp(argv[i + 1], "bf16") != 0;
+    if (name == "--kv-cache-dtype") options.kv_fp8 = strcmp(argv[i + 1], "fp8") == 0;
   }
   return options;
 }
@@ -194,10 +197,11 @@ class Bench {
     const AttentionShape shape{kQueryHeads, kKvHeads, kHeadDim, 64, 1e7f};
     const int64_t query = kQueryHeads * kHeadDim, kv = kKvHeads * kHeadDim, stride = 2 * query + 2 * kv;
     linear("attention q+k+v_proj", kAttentionLayers, stride, kHidden, o_.fp8);
-    const int64_t cache = pages_ * o_.sequences * kPageSize * kv * 2;
-    const KvPages pages{a_.filled(cache, Fill::kBf16, 1.0f),
-                        a_.filled(cache, Fill::kBf16, 1.0f),
-                        DType::kBFloat16,
+    const int64_t cache = pages_ * o_.sequences * kPageSize * kv * (o_.kv_fp8 ? 1 : 2);
+    const Fill fill = o_.kv_fp8 ? Fill::kFp8 : Fill::kBf16;
+    const KvPages pages{a_.filled(cache, fill, 1.0f),
+                        a_.filled(cache, fill, 1.0f),
+                        o_.kv_fp8 ? DType::kFloat8E4M3 : DType::kBFloat16,
                         kPageSize,
                         kKvHeads,
                         kHeadDim};

@@ -7,17 +7,32 @@ file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/kernels/cuda/*.
 if(TOKENSPEED_CUDA AND CMAKE_CUDA_COMPILER AND cuda_sources AND NOT TOKENSPEED_SANITIZE AND NOT TOKENSPEED_FUZZ)
   set(CMAKE_CUDA_ARCHITECTURES "90a-real")  # -arch=sm_90a in flags would break wgmma; "-real" keeps the binary small
   enable_language(CUDA)
+  # Also built for these (80-real;89-real;100a-real;120a-real): the kernels that every architecture can run. The others
+  # need Hopper's instructions and are built for it alone; open_device says so where the GPU is another one.
+  set(TOKENSPEED_CUDA_ARCHITECTURES "" CACHE STRING "Architectures besides 90a-real for kernels that need none")
+  set(portable_kernels attention attention_prepare cublas_library decode_argmax embedding
+      gdn_chunk_prepare gdn_conv gdn_rule launch linear memory_bandwidth mlp norm quantize step tensor_map)
   # CMake 3.25 does not know how recent nvcc is told C++20.
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
   endif()
-  add_library(kernels_cuda STATIC ${cuda_sources})
+  set(portable_sources ${cuda_sources})
+  list(JOIN portable_kernels "|" portable_pattern)
+  list(FILTER portable_sources INCLUDE REGEX "/(${portable_pattern})\\.cu$")
+  list(REMOVE_ITEM cuda_sources ${portable_sources})
+  add_library(kernels_cuda_portable OBJECT ${portable_sources})
+  set(portable_architectures 90a-real ${TOKENSPEED_CUDA_ARCHITECTURES})
+  set_target_properties(kernels_cuda_portable PROPERTIES CUDA_ARCHITECTURES "${portable_architectures}")
+  add_library(kernels_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:kernels_cuda_portable>)
   find_package(CUDAToolkit REQUIRED)
   # cuBLASLt is opened when first used (cublas_library.cu): the program starts where it is not installed.
   target_link_libraries(kernels_cuda PUBLIC kernels CUDA::cudart_static ${CMAKE_DL_LIBS})
   target_link_options(kernels_cuda INTERFACE -Wl,-rpath,${CUDAToolkit_LIBRARY_DIR})
-  target_compile_options(kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr>)
+  target_link_libraries(kernels_cuda_portable PUBLIC kernels CUDA::cudart_static)
+  foreach(library kernels_cuda kernels_cuda_portable)
+    target_compile_options(${library} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr>)
+  endforeach()
   file(GLOB runtime_cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/runtime/cuda/*.cpp)
   if(runtime_cuda_sources)
     add_library(runtime_cuda STATIC ${runtime_cuda_sources})

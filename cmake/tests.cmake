@@ -38,15 +38,27 @@ if(TARGET app_tests)
 endif()
 
 # Everything that needs a GPU is one program, so that it can be carried to a machine that has one.
-if(TARGET kernels_cuda)
+if(TARGET runtime_cuda)
+  function(tokenspeed_gpu_tests target)
+    add_executable(${target} ${ARGN})
+    target_link_libraries(${target} PRIVATE kernels_cuda model GTest::gtest_main runtime_cuda)
+    target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+    target_compile_definitions(${target} PRIVATE TOKENSPEED_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  endfunction()
   file(GLOB gpu_test_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/gpu/*_test.cpp)
-  if(gpu_test_sources)
-    add_executable(gpu_tests ${gpu_test_sources})
-    target_link_libraries(gpu_tests PRIVATE kernels_cuda model GTest::gtest_main)
-    if(TARGET runtime_cuda)
-      target_link_libraries(gpu_tests PRIVATE runtime_cuda)
-    endif()
-    target_include_directories(gpu_tests PRIVATE ${CMAKE_SOURCE_DIR}/tests)
-    target_compile_definitions(gpu_tests PRIVATE TOKENSPEED_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
-  endif()
+  tokenspeed_gpu_tests(gpu_tests ${gpu_test_sources})
+
+  # The tests of dependent launches again, with random pauses in the kernels that use them.
+  file(GLOB dependent_kernels CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/kernels/cuda/decode_*.cu)
+  tokenspeed_gpu_tests(gpu_delay_tests ${dependent_kernels} tests/gpu/dependent_launch_test.cpp)
+  target_compile_definitions(gpu_delay_tests PRIVATE TOKENSPEED_RANDOM_DELAYS)
+  # The tests of kernels whose warps arrive at barriers by one lane, in the form that compute-sanitizer's racecheck
+  # follows.
+  tokenspeed_gpu_tests(gpu_race_tests src/kernels/cuda/gemm.cu src/kernels/cuda/gdn_chunk.cu
+                       tests/gpu/many_token_test.cpp)
+  target_compile_definitions(gpu_race_tests PRIVATE TOKENSPEED_EVERY_LANE_ARRIVES)
+  foreach(target gpu_delay_tests gpu_race_tests)
+    set_target_properties(${target} PROPERTIES EXCLUDE_FROM_ALL ON)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr>)
+  endforeach()
 endif()

@@ -28,15 +28,18 @@ Result<double> gpu_read_bandwidth();
 Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedModel& model, const ModelFlags& flags,
                                                          std::function<void(const Status&)> on_fault);
 
-// One kind of launch over all layers of a step.
-struct PhaseTime {
-  std::string name;  // "linear in_proj_qkv+in_proj_z"
-  int32_t launches = 0;
-  double seconds = 0;
-  std::vector<std::pair<int32_t, double>> parts;  // operations of the Program and the share of each
-};
-// Runs the step on a runner of make_gpu_runner, every launch timed alone.
-Result<std::vector<PhaseTime>> profile_step(runtime::Runner& runner, std::span<const runtime::SequenceStep> sequences,
-                                            std::vector<runtime::SequenceResult>* results);
+// Has a fault of the GPU name its operation. Before anything else is asked of the GPU.
+void arm_gpu_fault_dump();
+
+// When the GPU began the runner's last step and had its tokens, by its own clock in ns.
+Result<std::pair<uint64_t, uint64_t>> gpu_step_times(const runtime::Runner& runner);
+
+struct PhaseTime;
+// Of a runner of make_gpu_runner; app/phase_time.h has the functions for either device.
+Result<std::vector<PhaseTime>> profile_gpu_step(runtime::Runner& runner,
+                                                std::span<const runtime::SequenceStep> sequences,
+                                                std::vector<runtime::SequenceResult>* results);
+Result<std::vector<PhaseTime>> time_gpu_kinds(runtime::Runner& runner, std::span<const runtime::SequenceStep> sequences,
+                                              int32_t rounds);
 
 }  // namespace tokenspeed::app

@@ -15,6 +15,7 @@ namespace {
 DType dtype_of(const std::string& name, DType when_auto) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "fp8") return DType::kFloat8E4M3;
   return when_auto;
 }
 
@@ -68,8 +69,10 @@ void add_model_flags(CLI::App* command, ModelFlags* flags) {
       ->add_option("--dtype", flags->dtype,
                    "Weights: auto (the checkpoint's FP8 on a GPU, else bfloat16), bfloat16, float32 (CPU), fp8 (GPU)")
       ->check(CLI::IsMember({"auto", "bfloat16", "float32", "fp8"}));
-  command->add_option("--kv-cache-dtype", flags->kv_cache_dtype, "auto (that of --dtype), bfloat16 or float32")
-      ->check(CLI::IsMember({"auto", "bfloat16", "float32"}));
+  command
+      ->add_option("--kv-cache-dtype", flags->kv_cache_dtype,
+                   "Keys and values: auto (as activations), bfloat16, fp8 (e4m3, half the memory), float32 (CPU)")
+      ->check(CLI::IsMember({"auto", "bfloat16", "fp8", "float32"}));
   command->add_option("--max-model-len", flags->max_model_length, "Prompt and answer together, tokens; 0: the model's")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--max-num-seqs", flags->max_sequences, "Requests running at once")->check(CLI::Range(1, 4096));
@@ -83,6 +86,8 @@ void add_model_flags(CLI::App* command, ModelFlags* flags) {
   command->add_option("--threads", flags->threads, "CPU threads; 0: one per CPU")->check(CLI::Range(0, 1024));
   command->add_option("--gpu-memory-utilization", flags->gpu_memory_utilization, "Share of the GPU's memory to take")
       ->check(CLI::Range(0.01, 1.0));
+  command->add_flag_callback("--debug-faults", arm_gpu_fault_dump,
+                             "A fault of the GPU names its operation; costs about half a percent");
   command->add_flag("--debug-sync", flags->debug_sync, "Wait for every GPU operation, so that a fault names it; slow");
 }
 

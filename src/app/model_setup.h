@@ -18,7 +18,7 @@ struct ModelFlags {
   std::string load_format = "auto";     // auto, safetensors, dummy
   std::string device = "auto";          // auto, cpu, cuda
   std::string dtype = "auto";           // auto, bfloat16, float32, fp8
-  std::string kv_cache_dtype = "auto";  // auto (that of --dtype), bfloat16, float32
+  std::string kv_cache_dtype = "auto";  // auto (as activations), bfloat16, fp8, float32
   int32_t max_model_length = 0;         // 0: the model's
   int32_t max_sequences = 64;
   int32_t max_step_tokens = 0;  // 0: what suits the device

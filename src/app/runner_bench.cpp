@@ -83,14 +83,15 @@ Result<double> BenchBatch::step(const std::vector<runtime::SequenceStep>& steps)
   return seconds.count();
 }
 
-Result<double> BenchBatch::prefill() {
+Result<double> BenchBatch::prefill(int32_t until) {
   double seconds = 0;
   std::vector<runtime::SequenceStep> steps;
   while (true) {
     steps.clear();
     int32_t budget = runner_->capacity().max_step_tokens;
     for (size_t s = 0; s < sequences_.size() && budget > 0; ++s) {
-      const auto left = static_cast<int32_t>(sequences_[s].prompt.size()) - sequences_[s].computed;
+      const auto end = std::min(until, static_cast<int32_t>(sequences_[s].prompt.size()));
+      const int32_t left = end - sequences_[s].computed;
       if (left <= 0) continue;
       steps.push_back(next_step(s, std::min(left, budget)));
       budget -= static_cast<int32_t>(steps.back().tokens.size());

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -19,8 +20,9 @@ class BenchBatch {
   static Result<BenchBatch> create(runtime::Runner* runner, int32_t sequences, int32_t prompt_length,
                                    int32_t new_tokens);
 
-  // Seconds from the first prompt token to the first sampled token of every sequence, in chunks of the greatest step.
-  Result<double> prefill();
+  // Seconds from the first prompt token that is not computed yet to the first sampled token of every sequence, in
+  // chunks of the greatest step. With `until` only that many tokens of each prompt are computed.
+  Result<double> prefill(int32_t until = std::numeric_limits<int32_t>::max());
   // Seconds of one step that gives every sequence its next token.
   Result<double> decode();
   void set_temperature(float temperature) { sampling_.temperature = temperature; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 #include <string>
 
@@ -16,26 +17,25 @@ constexpr double kUsableMemory = 0.92;
 class Estimate {
  public:
   Estimate(const Program& program, const DeviceSpec& device, const Workload& workload)
-      : program_(program), device_(device), workload_(workload) {}
+      : program_(program), device_(device), workload_(workload), regime_(regime_of(program.tokens)) {}
 
   Cost run() {
     Cost cost;
     cost.workload = workload_;
     cost.tokens = program_.tokens;
     cost.ranks = program_.mesh.size(Axis::kTensor);
-    double flop_seconds = 0;
     for (size_t i = 0; i < program_.operations.size(); ++i) {
-      const Operation& operation = program_.operations[i];
-      OperationCost one = price(operation);
-      one = times(one, runs(i));
-      flop_seconds += one.flops / peak(operation);
-      add(one, &cost.total);
-      cost.operations.push_back(one);
+      cost.operations.push_back(times(count(program_.operations[i]), runs(i)));
     }
-    cost.total.seconds = step_seconds(cost.operations);
-    if (program_.tokens <= kMaxPhaseTokens) cost.phase_seconds = phase_seconds(cost.operations);
-    const double byte_seconds = static_cast<double>(cost.total.bytes()) / device_.read_bandwidth;
-    cost.roofline_seconds = std::max(byte_seconds, flop_seconds);
+    assign_phases(&cost);
+    for (size_t i = 0; i < program_.operations.size(); ++i) {
+      OperationCost& one = cost.operations[i];
+      one.seconds = work(i, one) + fixed(i) * one.phases;
+      add(one, &cost.total);
+    }
+    if (!by_phases()) cost.total.seconds = overlapped_seconds(cost.operations);
+    cost.total.seconds += device_.calibration.step_seconds[static_cast<size_t>(regime_)];
+    cost.roofline_seconds = cost.total.floor_seconds();
     cost.memory = memory();
     return cost;
   }
@@ -59,16 +59,13 @@ class Estimate {
     return rows(value) * value.columns * static_cast<int64_t>(dtype_size(value.dtype));
   }
 
-  double overhead(const OperationCost& cost) const {
-    return cost.link_bytes > 0 ? device_.collective_seconds : device_.operation_seconds;
-  }
-
   static OperationCost times(OperationCost cost, int64_t runs) {
     cost.weight_bytes *= runs;
     cost.activation_bytes *= runs;
     cost.link_bytes *= runs;
     cost.flops *= static_cast<double>(runs);
-    cost.seconds *= static_cast<double>(runs);
+    cost.byte_seconds *= static_cast<double>(runs);
+    cost.flop_seconds *= static_cast<double>(runs);
     return cost;
   }
   static void add(const OperationCost& one, OperationCost* total) {
@@ -77,6 +74,10 @@ class Estimate {
     total->activation_bytes += one.activation_bytes;
     total->link_bytes += one.link_bytes;
     total->flops += one.flops;
+    total->byte_seconds += one.byte_seconds;
+    total->flop_seconds += one.flop_seconds;
+    total->phases += one.phases;
+    total->seconds += one.seconds;
   }
 
   double peak(const Operation& operation) const {
@@ -84,7 +85,7 @@ class Estimate {
     return fp8 ? device_.fp8_flops : device_.bf16_flops;
   }
 
-  OperationCost price(const Operation& operation) const {
+  OperationCost count(const Operation& operation) const {
     OperationCost cost;
     for (int32_t id : operation.inputs) cost.activation_bytes += value_bytes(id);
     for (int32_t id : operation.outputs) cost.activation_bytes += value_bytes(id);
@@ -92,10 +93,49 @@ class Estimate {
     cost.cache_bytes = cache_bytes(operation);
     cost.link_bytes = link_bytes(operation);
     cost.flops = flops(operation);
-    const double work =
-        std::max(static_cast<double>(cost.bytes()) / device_.read_bandwidth, cost.flops / peak(operation));
-    cost.seconds = work + overhead(cost) + static_cast<double>(cost.link_bytes) / device_.collective_bandwidth;
+    cost.byte_seconds = static_cast<double>(cost.bytes()) / device_.read_bandwidth;
+    cost.flop_seconds = cost.flops / peak(operation);
     return cost;
+  }
+
+  const FamilyRate& rate(size_t operation) const {
+    return device_.calibration.rate(regime_, family_of(program_.operations[operation].kind));
+  }
+  double work(size_t operation, const OperationCost& cost) const {
+    const FamilyRate& reached = rate(operation);
+    return std::max(cost.byte_seconds / reached.bandwidth_share, cost.flop_seconds / reached.flops_share) +
+           static_cast<double>(cost.link_bytes) / device_.collective_bandwidth;
+  }
+  double fixed(size_t operation) const {
+    if (is_collective(program_.operations[operation].kind)) return device_.collective_seconds;
+    const FamilyRate& reached = rate(operation);
+    return device_.operation_seconds + reached.fixed_seconds + reached.token_seconds * tokens();
+  }
+
+  bool by_phases() const { return regime_ != TokenRegime::kMany; }
+  // Which operations pay for a phase, and the least that all phases cost.
+  void assign_phases(Cost* cost) const {
+    if (!by_phases()) {
+      for (size_t i = 0; i < cost->operations.size(); ++i) cost->operations[i].phases = static_cast<int32_t>(runs(i));
+      return;
+    }
+    for (const OperationCost& one : cost->operations) {
+      cost->phase_floor_seconds +=
+          one.floor_seconds() + static_cast<double>(one.link_bytes) / device_.collective_bandwidth;
+    }
+    for (const Phase& phase : group_into_phases(program_)) {
+      auto heaviest = static_cast<size_t>(phase.steps.front().operation);
+      for (const PhaseStep& step : phase.steps) {
+        const auto operation = static_cast<size_t>(step.operation);
+        if (phase.communication ? is_collective(program_.operations[operation].kind)
+                                : cost->operations[operation].bytes() > cost->operations[heaviest].bytes()) {
+          heaviest = operation;
+        }
+      }
+      cost->operations[heaviest].phases += static_cast<int32_t>(runs(heaviest));
+      cost->phase_floor_seconds += static_cast<double>(runs(heaviest)) *
+                                   (phase.communication ? device_.collective_seconds : device_.operation_seconds);
+    }
   }
 
   int64_t weight_bytes(const Operation& operation) const {
@@ -196,7 +236,7 @@ class Estimate {
 
   // Plays the list: an operation starts when its stream is free and its inputs are written; its bytes queue behind
   // those of the operations that started before it.
-  double step_seconds(const std::vector<OperationCost>& costs) const {
+  double overlapped_seconds(const std::vector<OperationCost>& costs) const {
     std::vector<double> written(program_.values.size(), 0);
     std::vector<double> free;
     double memory_free = 0;
@@ -206,8 +246,8 @@ class Estimate {
       free.resize(std::max<size_t>(free.size(), static_cast<size_t>(operation.stream) + 1), 0);
       double start = free[operation.stream];
       for (int32_t id : operation.inputs) start = std::max(start, written[program_.values[id].root]);
-      memory_free = std::max(memory_free, start) + static_cast<double>(costs[i].bytes()) / device_.read_bandwidth;
-      const double end = std::max(start + costs[i].seconds, memory_free + overhead(costs[i]));
+      memory_free = std::max(memory_free, start) + costs[i].byte_seconds;
+      const double end = std::max(start + costs[i].seconds, memory_free + fixed(i) * costs[i].phases);
       free[operation.stream] = end;
       for (int32_t id : operation.outputs) {
         double& at = written[program_.values[id].root];
@@ -216,19 +256,6 @@ class Estimate {
       end_of_step = std::max(end_of_step, end);
     }
     return end_of_step;
-  }
-
-  // The work of every operation, and the overhead once per phase.
-  double phase_seconds(const std::vector<OperationCost>& costs) const {
-    double seconds = 0;
-    for (size_t i = 0; i < costs.size(); ++i)
-      seconds += costs[i].seconds - overhead(costs[i]) * static_cast<double>(runs(i));
-    for (const Phase& phase : group_into_phases(program_)) {
-      const auto first = static_cast<size_t>(phase.steps.front().operation);
-      seconds += (phase.communication ? device_.collective_seconds : device_.operation_seconds) *
-                 static_cast<double>(runs(first));
-    }
-    return seconds;
   }
 
   MemoryNeed memory() const {
@@ -249,6 +276,7 @@ class Estimate {
   const Program& program_;
   const DeviceSpec& device_;
   const Workload& workload_;
+  const TokenRegime regime_;
 };
 
 }  // namespace
@@ -272,6 +300,30 @@ Result<Cost> estimate_cost(const Program& program, const DeviceSpec& device, con
   }
   if (!(workload.price_per_hour >= 0)) return invalid_argument("the price per hour must be zero or more");
   return Estimate(program, device, workload).run();
+}
+
+Result<double> estimate_prompt_seconds(const Graph& graph, CompileOptions options, const DeviceSpec& device,
+                                       int64_t tokens, int64_t chunk) {
+  if (tokens < 1 || chunk < 1) {
+    return invalid_argument("a prompt of " + std::to_string(tokens) + " tokens in steps of " + std::to_string(chunk) +
+                            "; both must be at least 1");
+  }
+  options.logit_rows = 1;
+  double seconds = 0;
+  Program program;
+  for (int64_t context = 0; context < tokens; context += chunk) {
+    options.tokens = std::min(chunk, tokens - context);
+    if (program.tokens != options.tokens) {
+      TS_ASSIGN_OR_RETURN(program, compile_program(graph, options));
+    }
+    TS_ASSIGN_OR_RETURN(const Cost cost, estimate_cost(program, device, {.context = context}));
+    seconds += cost.total.seconds;
+    if (context + chunk >= tokens) break;
+    const auto head = cost.operations.begin() + program.head_begin;  // of the last step only
+    seconds -= std::accumulate(head, cost.operations.end(), 0.0,
+                               [](double sum, const OperationCost& one) { return sum + one.seconds; });
+  }
+  return seconds;
 }
 
 double expected_distinct_experts(int64_t experts, int64_t top_k, int64_t tokens) {

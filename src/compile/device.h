@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "compile/calibration.h"
 
 namespace tokenspeed::compile {
 
@@ -21,11 +22,14 @@ struct DeviceSpec {
   double operation_seconds = 0;     // of a dependent operation over its bytes: launch, ramp and tail
   double collective_seconds = 0;    // of a small collective
   double collective_bandwidth = 0;  // bytes per second a device sends to its peers
+  Calibration calibration = {};
 };
 
 // The preset of this name: cpu (memory: this machine's), a100, h100, h200, b200, l40s, rtx4090, rtx5090.
 // not_found lists the names.
 Result<DeviceSpec> find_device(std::string_view name);
 std::vector<std::string> device_names();
+// The preset of a GPU by the name its driver gives: h200 of "NVIDIA H200". not_found: none is in that name.
+Result<DeviceSpec> find_gpu(std::string_view driver_name);
 
 }  // namespace tokenspeed::compile

@@ -64,6 +64,11 @@ std::string_view op_kind_name(OpKind kind) {
   return "?";
 }
 
+bool is_collective(OpKind kind) {
+  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather || kind == OpKind::kReduceScatter ||
+         kind == OpKind::kAllReduceRmsNorm;
+}
+
 std::string_view axis_name(Axis axis) {
   switch (axis) {
     case Axis::kTensor:

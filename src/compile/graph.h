@@ -51,6 +51,7 @@ enum class OpKind : uint8_t {
   kAllReduceRmsNorm,     // x, partial -> normed, (x + sum of partial, in place) [norm]
 };
 std::string_view op_kind_name(OpKind kind);
+bool is_collective(OpKind kind);
 
 enum class Axis : uint8_t { kTensor, kExpert, kData };
 inline constexpr int kAxes = 3;

@@ -8,11 +8,6 @@ namespace {
 
 enum class Role : uint8_t { kPrologue, kMain, kEpilogue };
 
-bool is_collective(OpKind kind) {
-  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather || kind == OpKind::kReduceScatter ||
-         kind == OpKind::kAllReduceRmsNorm;
-}
-
 Role role_of(OpKind kind) {
   switch (kind) {
     case OpKind::kRmsNorm:

@@ -170,13 +170,13 @@ class Page {
     }
     text_ += format("\nroofline                  %.3f ms a step at %s/s: %.1f tok/s\n", cost_.roofline_seconds * 1e3,
                     scaled(device_.read_bandwidth, "B").c_str(), cost_.roofline_tokens_per_second());
+    if (cost_.phase_floor_seconds > 0) {
+      text_ += format("floor by phases           %.3f ms a step: %.1f tok/s; %zu phases, each at least %.1f us\n",
+                      cost_.phase_floor_seconds * 1e3, static_cast<double>(cost_.tokens) / cost_.phase_floor_seconds,
+                      phases_.size(), device_.operation_seconds * 1e6);
+    }
     text_ += format("prediction                %.3f ms a step: %.1f tok/s, %.0f%% of the roofline\n",
                     total.seconds * 1e3, cost_.tokens_per_second(), 100 * cost_.roofline_seconds / total.seconds);
-    if (cost_.phase_seconds > 0) {
-      text_ += format("prediction by phases      %.3f ms a step: %.1f tok/s, %.0f%% of the roofline; %zu phases\n",
-                      cost_.phase_seconds * 1e3, static_cast<double>(cost_.tokens) / cost_.phase_seconds,
-                      100 * cost_.roofline_seconds / cost_.phase_seconds, phases_.size());
-    }
     if (cost_.workload.price_per_hour > 0) {
       text_ += format("price                     %.3f per million tokens at %.2f per device and hour\n",
                       cost_.price_per_million_tokens(), cost_.workload.price_per_hour);
@@ -223,6 +223,26 @@ std::string operation_label(const Operation& operation) {
     name = "linear " + name;
   }
   return name;
+}
+
+std::string operation_shape(const Program& program, const Operation& operation) {
+  const Attributes& a = operation.attributes;
+  const auto count = [](int64_t n) { return std::to_string(n); };
+  switch (operation.kind) {
+    case OpKind::kLinear: {
+      const ProgramWeight& weight = program.weights[operation.weights[0]];
+      return count(weight.rows) + " x " + count(weight.columns) + " " + std::string(dtype_name(weight.dtype));
+    }
+    case OpKind::kExperts:
+      return count(a.top_k) + " of " + count(a.experts) + " x " + count(a.width);
+    case OpKind::kAttention:
+      return count(a.query_heads) + "/" + count(a.kv_heads) + " heads of " + count(a.head_dim);
+    case OpKind::kGatedDeltaRule:
+    case OpKind::kGdnMixer:
+      return count(a.value_heads) + "/" + count(a.key_heads) + " heads of " + count(a.value_dim);
+    default:
+      return "";
+  }
 }
 
 std::string print_plan(const Program& program, const DeviceSpec& device, const Cost& cost) {

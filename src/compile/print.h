@@ -15,4 +15,8 @@ std::string print_plan(const Program& program, const DeviceSpec& device, const C
 // The operation's name in tables, alike in layers of the same shape: "linear in_proj_qkv+in_proj_z", "experts".
 std::string operation_label(const Operation& operation);
 
+// Its sizes on this rank, as far as they say what it costs: "12288 x 2048 fp8", "8 of 256 x 512"; empty for
+// element-wise work.
+std::string operation_shape(const Program& program, const Operation& operation);
+
 }  // namespace tokenspeed::compile

@@ -36,7 +36,7 @@ struct Rope {
   Rows x;                             // [T, heads * head_dim]
 };
 
-// Writes each row's key and value at its position's page.
+// Writes each row's key and value at its position's page, rounded to the pages' dtype.
 struct KvWrite {
   AttentionShape shape;
   SequenceBatch batch;

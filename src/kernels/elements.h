@@ -22,12 +22,17 @@ inline float load_element(DType dtype, const void* data, int64_t index) {
   }
 }
 
-// dtype float32 or bfloat16.
+// dtype float32, bfloat16 or float8_e4m3.
 inline void store_element(DType dtype, void* data, int64_t index, float value) {
-  if (dtype == DType::kBFloat16) {
-    static_cast<BFloat16*>(data)[index] = to_bfloat16(value);
-  } else {
-    static_cast<float*>(data)[index] = value;
+  switch (dtype) {
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(data)[index] = to_bfloat16(value);
+      break;
+    case DType::kFloat8E4M3:
+      static_cast<uint8_t*>(data)[index] = float_to_float8_e4m3(value);
+      break;
+    default:
+      static_cast<float*>(data)[index] = value;
   }
 }
 

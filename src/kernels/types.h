@@ -67,7 +67,7 @@ struct SequenceBatch {
 struct KvPages {
   void* keys = nullptr;
   void* values = nullptr;
-  DType dtype = DType::kBFloat16;  // float32 or bfloat16 (float8_e4m3 on CUDA)
+  DType dtype = DType::kBFloat16;  // float32 (CPU), bfloat16 or float8_e4m3: the value itself, saturated at 448
   int32_t page_size = 0;
   int32_t heads = 0;  // KV heads
   int32_t head_dim = 0;

@@ -1,6 +1,7 @@
 #include "runtime/cpu_execute.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
 #include <utility>
 
@@ -124,7 +125,10 @@ void CpuProgram::run_operation(const CpuRank& rank, const CpuStep& step, size_t 
   const OperationMemory memory = {program_,    weights_,       rank.arena,  rank.workspace,   *rank.caches,
                                   *step.batch, step.token_ids, step.wanted, step.wanted_count};
   const Operation& op = program_.operations[index];
+  if (!step.seconds) return execute(op, OperationArguments(memory, op), Kernels(rank));
+  const auto start = std::chrono::steady_clock::now();
   execute(op, OperationArguments(memory, op), Kernels(rank));
+  step.seconds[index] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void CpuProgram::run_body(const CpuRank& rank, const CpuStep& step) const {

@@ -24,6 +24,7 @@ struct CpuStep {
   const int32_t* token_ids = nullptr;  // [T]
   const int32_t* wanted = nullptr;     // rows whose logits the head computes
   int32_t wanted_count = 0;            // at most the Program's logit_rows
+  double* seconds = nullptr;           // by the Program's index: each operation adds its time, where measured
 };
 
 // Where a Program runs; shared by the Programs of a rank, which run one at a time.

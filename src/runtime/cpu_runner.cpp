@@ -1,6 +1,8 @@
 #include "runtime/cpu_runner.h"
 
 #include <algorithm>
+#include <chrono>
+#include <utility>
 
 namespace tokenspeed::runtime {
 namespace {
@@ -42,6 +44,25 @@ Status CpuRunner::submit(std::span<const SequenceStep> sequences) {
   run_head(program, sequences);
   in_flight_ = true;
   return {};
+}
+
+Result<std::vector<LaunchTime>> CpuRunner::profile(std::span<const SequenceStep> sequences,
+                                                   std::vector<SequenceResult>* results) {
+  operation_seconds_.assign(program().operations.size(), 0);
+  const auto start = std::chrono::steady_clock::now();
+  const Status submitted = submit(sequences);
+  const std::chrono::duration<double> whole = std::chrono::steady_clock::now() - start;
+  const std::vector<double> seconds = std::exchange(operation_seconds_, {});
+  TS_RETURN_IF_ERROR(submitted);
+  TS_RETURN_IF_ERROR(wait(results));
+  std::vector<LaunchTime> launches;
+  double rest = whole.count();
+  for (size_t i = 0; i < seconds.size(); ++i) {
+    launches.push_back({{{.operation = static_cast<int32_t>(i)}}, seconds[i]});
+    rest -= seconds[i];
+  }
+  launches.push_back({{}, rest});
+  return launches;
 }
 
 Status CpuRunner::wait(std::vector<SequenceResult>* results) {

@@ -16,6 +16,7 @@
 #include "compile/passes/pass.h"
 #include "compile/weight_source.h"
 #include "runtime/cpu_execute.h"
+#include "runtime/launch_time.h"
 #include "runtime/logit_rows.h"
 #include "runtime/runner.h"
 #include "runtime/step_batch.h"
@@ -25,7 +26,7 @@ namespace tokenspeed::runtime {
 struct CpuRunnerOptions {
   DType weights = DType::kBFloat16;     // float32 or bfloat16; bfloat16 tensors are held as they are either way
   DType activation = DType::kBFloat16;  // float32 or bfloat16 (then weights must be bfloat16)
-  DType kv = DType::kBFloat16;          // float32 or bfloat16
+  DType kv = DType::kBFloat16;          // float32, bfloat16 or float8_e4m3
   int32_t threads = 0;                  // 0: one per CPU the process may use
   bool pin = true;                      // bind each thread to a CPU
   int32_t max_step_tokens = 512;
@@ -52,6 +53,11 @@ class CpuRunner : public Runner {
   Status submit(std::span<const SequenceStep> sequences) override;
   Status wait(std::vector<SequenceResult>* results) override;
 
+  // Runs the step like submit() and wait(), with the time of every operation; last, without parts, that of sampling
+  // and everything else.
+  Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
+                                          std::vector<SequenceResult>* results);
+
   // Multi-token prediction: one chunk of one sequence through the MTP layer, to be run after the step that computed the
   // hidden rows. tokens[i] is the token after the one at position context + i.
   struct MtpStep {
@@ -75,7 +81,11 @@ class CpuRunner : public Runner {
   CpuRunner() = default;
   Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CpuRunnerOptions& options);
   Status allocate(const CpuRunnerOptions& options);
-  CpuStep step() const { return {&batch_->batch(), batch_->token_ids(), nullptr, 0}; }
+  CpuStep step() {
+    return {.batch = &batch_->batch(),
+            .token_ids = batch_->token_ids(),
+            .seconds = operation_seconds_.empty() ? nullptr : operation_seconds_.data()};
+  }
   void run_head(const CpuProgram& program, std::span<const SequenceStep> sequences);
   void finish_rows(const CpuProgram& program, std::span<const SequenceStep> sequences, size_t begin, size_t end);
 
@@ -93,6 +103,7 @@ class CpuRunner : public Runner {
   std::vector<int32_t> wanted_rows_;
   std::vector<size_t> sequence_begins_;
   std::vector<SequenceResult> results_;
+  std::vector<double> operation_seconds_;  // of the step being profiled; else empty
   bool in_flight_ = false;
 };
 

@@ -26,7 +26,7 @@ Status check_positive(const char* what, int64_t value) {
 Status check_options(const CpuRunnerOptions& options) {
   TS_RETURN_IF_ERROR(check_dtype("weights", options.weights));
   TS_RETURN_IF_ERROR(check_dtype("activations", options.activation));
-  TS_RETURN_IF_ERROR(check_dtype("KV cache", options.kv));
+  if (options.kv != DType::kFloat8E4M3) TS_RETURN_IF_ERROR(check_dtype("KV cache", options.kv));
   if (options.activation == DType::kBFloat16 && options.weights == DType::kFloat32) {
     return invalid_argument("bfloat16 activations need bfloat16 weights; choose float32 for both, or bfloat16 weights");
   }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -108,6 +109,43 @@ TEST(CommandLine, PlanPrintsTheProgram) {
   EXPECT_NE(plan.output.find("2.435 GB"), std::string::npos) << plan.output;
 }
 
+TEST(CommandLine, PlanPredictsThePromptBeforeTheStep) {
+  EXPECT_EQ(run("plan qwen3.5-0.8b --device h200").output.find("prompt  "), std::string::npos);
+  const Outcome plan = run("plan qwen3.5-0.8b --device h200 --input-len 10000");
+  EXPECT_EQ(plan.exit_code, 0);
+  EXPECT_NE(plan.output.find("a prompt of 10000 tokens, in steps of 8192"), std::string::npos) << plan.output;
+}
+
+// Every operation of a decoding step and of a prompt's, with bytes, a floor and a prediction; times that add up to
+// about the step.
+TEST(CommandLine, BenchOpsTimesEveryOperationOfAStep) {
+  for (const std::string flags : {"", " --prefill --input-len 40"}) {
+    const Outcome outcome = run("bench ops --model demo --device cpu --max-model-len 256 --rounds 3 --json" + flags);
+    ASSERT_EQ(outcome.exit_code, 0) << flags;
+    const Json report = Json::parse(outcome.output);
+    EXPECT_EQ(report["step"], flags.empty() ? "decode" : "prefill");
+    EXPECT_EQ(report["regime"], flags.empty() ? "few" : "some");
+    EXPECT_GT(report["predicted_step_us"].get<double>(), 0);
+    std::map<std::string, Json> rows;
+    for (const Json& row : report["operations"]) rows[row["operation"]] = row;
+    double us = 0;
+    for (const char* name : {"gdn_mixer", "attention", "experts", "linear o_proj", "linear lm_head"}) {
+      ASSERT_TRUE(rows.contains(name)) << name << outcome.output;
+      const Json& row = rows[name];
+      for (const char* key : {"us", "mb", "gb_s", "gflop", "floor_us", "predicted_us", "preset_byte_us"}) {
+        EXPECT_GT(row[key].get<double>(), 0) << name << " " << key;
+      }
+      EXPECT_NE(row["shape"], "") << name;
+      us += row["us"].get<double>();
+    }
+    EXPECT_EQ(rows["linear lm_head"]["phases"], 1);
+    EXPECT_EQ(rows["attention"]["launches"], 2);  // of the demo model's eight layers
+    EXPECT_EQ(rows["sampling"].contains("family"), false);
+    EXPECT_LT(us, 5 * report["step_us"].get<double>());
+  }
+  EXPECT_NE(run("bench ops --model demo --device cpu").output.find("the whole step, as it runs"), std::string::npos);
+}
+
 TEST(CommandLine, ErrorsAreOneSentenceAndExitCodeOne) {
   const auto expect_error = [](const std::string& arguments, const std::string& part, const std::string& input = "") {
     const Outcome outcome = run(arguments, input, true);
@@ -121,6 +159,7 @@ TEST(CommandLine, ErrorsAreOneSentenceAndExitCodeOne) {
   expect_error("tokenize " + kDemo + " --jsonl", "line 2", "\"fine\"\nnot json\n");
   expect_error("render " + kDemo, "messages", "{}\n");
   expect_error("serve qwen3.5-0.8b", "--load-format dummy");
+  expect_error("bench ops --model demo --device cpu --prefill --input-len 600", "--max-num-batched-tokens");
   expect_error("serve " + kDemo + " --max-model-len 99999999", "--max-model-len");
 }
 

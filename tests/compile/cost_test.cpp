@@ -22,9 +22,10 @@ DeviceSpec simple_device() {
 }
 
 constexpr double kTight = 1e-12;
+constexpr int64_t kNoPhases = 65;  // tokens of a step that runs operation by operation
 
 // embedding -> x; two matrices [16, 16] of x, the second on `side_stream`; their sum -> norm -> rows -> logits.
-Program small_program(int32_t side_stream, int64_t tokens, int32_t ranks = 1) {
+Graph small_graph(int32_t side_stream, int32_t ranks) {
   Graph graph;
   graph.name = "small";
   graph.mesh.sizes[0] = ranks;
@@ -57,10 +58,18 @@ Program small_program(int32_t side_stream, int64_t tokens, int32_t ranks = 1) {
   add(OpKind::kRmsNorm, "norm", {sum}, graph.hidden, {norm});
   add(OpKind::kGatherRows, "gather", {graph.hidden}, wanted, {});
   add(OpKind::kLinear, "head", {wanted}, graph.logits, {matrix("head")});
+  return graph;
+}
+
+CompileOptions plain_options(int64_t tokens) {
   CompileOptions options;
   options.tokens = tokens;
   options.passes.disabled = {"fuse_all_reduce_residual_norm", "fuse_norm_into_projection", "merge_projections"};
-  Result<Program> program = compile_program(graph, options);
+  return options;
+}
+
+Program small_program(int32_t side_stream, int64_t tokens, int32_t ranks = 1) {
+  Result<Program> program = compile_program(small_graph(side_stream, ranks), plain_options(tokens));
   EXPECT_TRUE(program.ok()) << program.status().message();
   return std::move(program).value();
 }
@@ -77,17 +86,17 @@ TEST(Cost, AnOperationTakesItsBytesOrItsFlopsAndTheOverhead) {
   EXPECT_NEAR(a.seconds, (512 + 64) * 1e-6 + 100e-6, kTight) << "bound by bytes";
   EXPECT_EQ(cost->operations[0].weight_bytes, 16 * 2) << "one row of the table";
 
-  program = small_program(0, 64);
+  program = small_program(0, kNoPhases);
   DeviceSpec slow = device;
   slow.bf16_flops = 1e6;
-  cost = estimate_cost(program, slow, {.sequences = 64});
-  EXPECT_NEAR(cost->operations[1].seconds, 64 * 512 * 1e-6 + 100e-6, kTight) << "bound by FLOPs";
+  cost = estimate_cost(program, slow, {.sequences = kNoPhases});
+  EXPECT_NEAR(cost->operations[1].seconds, kNoPhases * 512 * 1e-6 + 100e-6, kTight) << "bound by FLOPs";
 }
 
 TEST(Cost, StreamsHideOverheadButShareTheBandwidth) {
   const DeviceSpec device = simple_device();
-  const Result<Cost> one = estimate_cost(small_program(0, 1), device);
-  const Result<Cost> two = estimate_cost(small_program(1, 1), device);
+  const Result<Cost> one = estimate_cost(small_program(0, kNoPhases), device);
+  const Result<Cost> two = estimate_cost(small_program(1, kNoPhases), device);
   ASSERT_TRUE(one.ok() && two.ok());
   EXPECT_EQ(one->total.bytes(), two->total.bytes());
   double sum = 0;
@@ -96,6 +105,60 @@ TEST(Cost, StreamsHideOverheadButShareTheBandwidth) {
   // Both matrices' bytes queue for the memory; only the second's overhead disappears.
   EXPECT_NEAR(one->total.seconds - two->total.seconds, 100e-6, kTight);
   EXPECT_NEAR(two->roofline_seconds, static_cast<double>(two->total.bytes()) * 1e-6, kTight);
+}
+
+TEST(Cost, APhasePaysItsFixedTimeOnce) {
+  const DeviceSpec device = simple_device();
+  const Program program = small_program(0, 1);
+  const Result<Cost> cost = estimate_cost(program, device);
+  ASSERT_TRUE(cost.ok());
+  double sum = 0;
+  for (const OperationCost& operation : cost->operations) sum += operation.seconds;
+  EXPECT_NEAR(cost->total.seconds, sum, kTight);
+  // Embedding; a and b; the head with sum, norm and the choice of rows before it.
+  EXPECT_EQ(cost->total.phases, 3);
+  EXPECT_EQ(cost->operations[1].phases + cost->operations[2].phases, 1) << "both matrices are one phase";
+  EXPECT_EQ(cost->operations.back().phases, 1);
+  EXPECT_NEAR(cost->phase_floor_seconds, cost->roofline_seconds + 3 * 100e-6, kTight);
+}
+
+TEST(Cost, CalibrationSlowsItsFamilyInItsRegime) {
+  DeviceSpec device = simple_device();
+  const auto rates = [&](TokenRegime regime) -> FamilyRate& {
+    return device.calibration.rates[static_cast<size_t>(regime)][static_cast<size_t>(OpFamily::kProjection)];
+  };
+  rates(TokenRegime::kFew) = {.fixed_seconds = 5e-6, .token_seconds = 2e-6, .bandwidth_share = 0.5, .flops_share = 0.1};
+  rates(TokenRegime::kMany) = {.fixed_seconds = 0, .bandwidth_share = 1, .flops_share = 0.01};
+  device.calibration.step_seconds[static_cast<size_t>(TokenRegime::kFew)] = 3e-3;
+  const Result<Cost> few = estimate_cost(small_program(0, 1), device);
+  const Result<Cost> plain = estimate_cost(small_program(0, 1), simple_device());
+  ASSERT_TRUE(few.ok() && plain.ok());
+  EXPECT_NEAR(few->operations[1].seconds, 2 * (512 + 64) * 1e-6 + 107e-6, kTight);
+  EXPECT_NEAR(few->operations[0].seconds, plain->operations[0].seconds, kTight) << "another family";
+  EXPECT_EQ(few->roofline_seconds, plain->roofline_seconds);
+  EXPECT_EQ(few->phase_floor_seconds, plain->phase_floor_seconds);
+  double sum = 0;
+  for (const OperationCost& operation : few->operations) sum += operation.seconds;
+  EXPECT_NEAR(few->total.seconds, sum + 3e-3, kTight);
+
+  const Result<Cost> many = estimate_cost(small_program(0, kNoPhases), device);
+  ASSERT_TRUE(many.ok());
+  EXPECT_NEAR(many->operations[1].seconds, kNoPhases * 512 / 1e7 / 0.01 + 100e-6, kTight) << "bound by FLOPs";
+}
+
+TEST(Cost, APromptIsTheSumOfItsSteps) {
+  const DeviceSpec device = simple_device();
+  const Graph graph = small_graph(0, 1);
+  const auto step = [&](int64_t tokens, bool head) {
+    const Result<Cost> cost = estimate_cost(small_program(0, tokens), device);
+    return cost->total.seconds - (head ? 0 : cost->operations[6].seconds + cost->operations[5].seconds);
+  };
+  ASSERT_EQ(small_program(0, 1).head_begin, 5);
+  const Result<double> seconds = estimate_prompt_seconds(graph, plain_options(1), device, 50, 20);
+  ASSERT_TRUE(seconds.ok());
+  EXPECT_NEAR(*seconds, 2 * step(20, false) + step(10, true), kTight);
+  EXPECT_FALSE(estimate_prompt_seconds(graph, plain_options(1), device, 0, 20).ok());
+  EXPECT_FALSE(estimate_prompt_seconds(graph, plain_options(1), device, 5, 0).ok());
 }
 
 TEST(Cost, CollectivesPayLatencyAndLinks) {
@@ -153,6 +216,30 @@ TEST(Cost, ExpectedDistinctExperts) {
                                                          {32, 239.6}, {64, 367.1}, {128, 471}, {256, 508.7}};
   for (const auto& [tokens, experts] : table)
     EXPECT_NEAR(expected_distinct_experts(512, 10, tokens), experts, 0.051) << tokens;
+}
+
+TEST(Device, GpusAreFoundByTheirDriversNames) {
+  EXPECT_EQ(find_gpu("NVIDIA H200")->name, "h200");
+  EXPECT_EQ(find_gpu("NVIDIA H100 80GB HBM3")->name, "h100");
+  EXPECT_EQ(find_gpu("NVIDIA GeForce RTX 4090")->name, "rtx4090");
+  EXPECT_EQ(find_gpu("NVIDIA T4").status().code(), StatusCode::kNotFound);
+}
+
+TEST(Device, CalibratedRatesArePossible) {
+  for (const std::string& name : device_names()) {
+    const Calibration calibration = find_device(name)->calibration;
+    for (const auto& regime : calibration.rates) {
+      for (const FamilyRate& rate : regime) {
+        EXPECT_GE(rate.fixed_seconds, 0) << name;
+        EXPECT_GE(rate.token_seconds, 0) << name;
+        for (const double share : {rate.bandwidth_share, rate.flops_share}) {
+          EXPECT_GT(share, 0) << name;
+          EXPECT_LE(share, 1) << name;
+        }
+      }
+    }
+    for (const double seconds : calibration.step_seconds) EXPECT_GE(seconds, 0) << name;
+  }
 }
 
 TEST(Device, PresetsAreKnownByName) {

@@ -18,6 +18,7 @@ namespace {
 
 constexpr double kRoundingTolerance = 3e-3;      // one bfloat16 rounding of the result, now and then the other way
 constexpr double kTwoRoundingsTolerance = 6e-3;  // the separate reference steps round between them
+constexpr double kFp8PageTolerance = 1e-2;       // neighbours that rounding chose differently
 constexpr double kAttentionTolerance = 6e-3;     // probabilities in bfloat16
 constexpr double kStateTolerance = 5e-3;         // recurrent state from bfloat16 q, k, v
 constexpr double kAlikeTolerance = 3e-2;         // chunked rule, all keys alike: bfloat16 differences that telescope
@@ -128,14 +129,15 @@ const AttentionCase kAttentionCases[] = {
 };
 
 // Keys and values of every position, in place of what earlier steps wrote.
+template <typename T>  // BFloat16, or uint8_t for FP8
 struct Pages {
   Pages(Random* random, const Batch& batch, const AttentionCase& shape, int32_t page_size)
       : count(int64_t{batch.pages} * page_size * shape.kv_heads * shape.head_dim),
-        keys(random->bfloat16s(count)),
-        values(random->bfloat16s(count)),
+        keys(elements(random, count)),
+        values(elements(random, count)),
         layout{nullptr,
                nullptr,
-               DType::kBFloat16,
+               kFp8 ? DType::kFloat8E4M3 : DType::kBFloat16,
                page_size,
                static_cast<int32_t>(shape.kv_heads),
                static_cast<int32_t>(shape.head_dim)} {}
@@ -147,8 +149,9 @@ struct Pages {
       for (int64_t p = end; p < int64_t{batch.pages_per_sequence} * page_size; ++p) {
         const int64_t page = batch.page_table.host[s * batch.pages_per_sequence + p / page_size];
         for (int64_t i = 0; i < row; ++i) {
-          keys.host[(page * page_size + p % page_size) * row + i] = to_bfloat16(NAN);
-          values.host[(page * page_size + p % page_size) * row + i] = to_bfloat16(NAN);
+          const int64_t at = (page * page_size + p % page_size) * row + i;
+          store_element(layout.dtype, keys.host.data(), at, NAN);
+          store_element(layout.dtype, values.host.data(), at, NAN);
         }
       }
     }
@@ -163,19 +166,35 @@ struct Pages {
     pages.values = v;
     return pages;
   }
+  static constexpr bool kFp8 = sizeof(T) == 1;
+  static std::vector<T> elements(Random* random, int64_t count) {
+    const std::vector<BFloat16> wide = random->bfloat16s(count);
+    std::vector<T> values(wide.size());
+    for (size_t i = 0; i < wide.size(); ++i)
+      store_element(kFp8 ? DType::kFloat8E4M3 : DType::kBFloat16, values.data(), static_cast<int64_t>(i),
+                    to_float(wide[i]));
+    return values;
+  }
+  std::vector<BFloat16> wide(const std::vector<T>& values) const {
+    std::vector<BFloat16> all(values.size());
+    for (size_t i = 0; i < all.size(); ++i)
+      all[i] = to_bfloat16(load_element(layout.dtype, values.data(), static_cast<int64_t>(i)));
+    return all;
+  }
   int64_t count;
-  Both<BFloat16> keys, values;
+  Both<T> keys, values;
   KvPages layout;
 };
 
-TEST(ManyTokenAttention, PrepareThenAttend) {
+template <typename T>
+void check_prepare_then_attend() {
   Random random(fresh_seed());
   for (const AttentionCase& shape : kAttentionCases) {
     const AttentionShape attention{shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim / 4, 1e7f};
     SCOPED_TRACE(testing::Message() << shape.query_heads << "/" << shape.kv_heads << " heads of " << shape.head_dim
                                     << ", pages of " << shape.page_size);
     Batch batch(&random, shape.lengths, shape.contexts, shape.page_size);
-    Pages pages(&random, batch, shape, shape.page_size);
+    Pages<T> pages(&random, batch, shape, shape.page_size);
     const int64_t tokens = batch.tokens();
     const int64_t query = shape.query_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
     const int64_t stride = 2 * query + 2 * kv;
@@ -202,8 +221,9 @@ TEST(ManyTokenAttention, PrepareThenAttend) {
     reference::attention_prepare(prepare(projected.host_rows(), batch.on_host(), pages.on_host(),
                                          query_norm.host.data(), key_norm.host.data(), queries.host_rows()));
     EXPECT_CLOSE(queries.download(), queries.host, kTwoRoundingsTolerance);
-    EXPECT_CLOSE(pages.keys.download(), pages.keys.host, kTwoRoundingsTolerance);
-    EXPECT_CLOSE(pages.values.download(), pages.values.host, 0);
+    EXPECT_CLOSE(pages.wide(pages.keys.download()), pages.wide(pages.keys.host),
+                 pages.kFp8 ? kFp8PageTolerance : kTwoRoundingsTolerance);
+    EXPECT_CLOSE(pages.wide(pages.values.download()), pages.wide(pages.values.host), 0);
     queries.upload();
     pages.spoil(batch, shape.page_size);
     cuda::paged_attention(
@@ -216,12 +236,16 @@ TEST(ManyTokenAttention, PrepareThenAttend) {
   }
 }
 
-TEST(ManyTokenAttention, SeparateSteps) {
+TEST(ManyTokenAttention, PrepareThenAttend) { check_prepare_then_attend<BFloat16>(); }
+TEST(ManyTokenAttention, PrepareThenAttendWithFp8Pages) { check_prepare_then_attend<uint8_t>(); }
+
+template <typename T>
+void check_separate_steps() {
   Random random(fresh_seed());
   for (const AttentionCase& shape : kAttentionCases) {
     const AttentionShape attention{shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim / 4, 1e7f};
     Batch batch(&random, shape.lengths, shape.contexts, 64);
-    Pages pages(&random, batch, shape, 64);
+    Pages<T> pages(&random, batch, shape, 64);
     const int64_t tokens = batch.tokens();
     const int64_t columns = shape.query_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
     Bf16Rows q_gate(random.bfloat16s(tokens * 2 * columns), 2 * columns),
@@ -239,10 +263,13 @@ TEST(ManyTokenAttention, SeparateSteps) {
     reference::sigmoid_multiply({tokens, columns, query.host_rows(), gate.host_rows(), query.host_rows()});
     EXPECT_CLOSE(query.download(), query.host, kTwoRoundingsTolerance);
     EXPECT_CLOSE(gate.download(), gate.host, 0);
-    EXPECT_CLOSE(pages.keys.download(), pages.keys.host, 0);
-    EXPECT_CLOSE(pages.values.download(), pages.values.host, 0);
+    EXPECT_CLOSE(pages.wide(pages.keys.download()), pages.wide(pages.keys.host), 0);
+    EXPECT_CLOSE(pages.wide(pages.values.download()), pages.wide(pages.values.host), 0);
   }
 }
+
+TEST(ManyTokenAttention, SeparateSteps) { check_separate_steps<BFloat16>(); }
+TEST(ManyTokenAttention, SeparateStepsWithFp8Pages) { check_separate_steps<uint8_t>(); }
 
 struct GdnCase {
   GdnShape shape;

@@ -12,6 +12,7 @@
 #include "model/dummy_weights.h"
 #include "model/presets.h"
 #include "runtime/cuda/cuda_runner.h"
+#include "runtime/cuda/fault_dump.h"
 #include "runtime/driver.h"
 #include "runtime/poisoned_source.h"
 #include "runtime/test_model.h"
@@ -23,8 +24,12 @@ namespace {
 // rounding turned a close choice of the router is off as a whole.
 constexpr float kDenseTolerance = 0.03f;
 constexpr float kMoeTolerance = 0.13f;
+constexpr float kFp8KvTolerance = 0.06f;
 constexpr float kDemoTolerance = 0.01f;  // as of the CPU with bfloat16 activations
 constexpr float kDemoLead = 2.0f;        // of a token over the second, beyond what such an error turns
+// Of nine rows in ten. The others may have met a close choice of experts: in float32 the second leads the third by as
+// little as 0.002, rounding to bfloat16 moves them by 0.006 as a rule, and such a row's logits are off by up to 2.
+constexpr float kDemoMostTolerance = 0.03f;
 
 constexpr int64_t kLeakTolerance = int64_t{16} << 20;  // the driver keeps some of what graphs took
 
@@ -113,8 +118,9 @@ TEST(CudaDemoGolden, LogitsAndGreedyTokens) {
   }
   EXPECT_GT(compared, 8);
   for (float& error : errors) error = std::isnan(error) ? INFINITY : error;
-  std::nth_element(errors.begin(), errors.begin() + errors.size() / 2, errors.end());
+  std::sort(errors.begin(), errors.end());
   EXPECT_LE(errors[errors.size() / 2], kDemoTolerance);
+  EXPECT_LE(errors[errors.size() * 9 / 10], kDemoMostTolerance);
 }
 
 // Plays `prompts` to `new_tokens` tokens each without asking for logits: greedy ones are sampled on the device, and
@@ -293,20 +299,37 @@ TEST(CudaRunner, FusedStepsEqualOthersOnLargeShapes) {
   const auto source = must(model::DummyWeights::create(config));
   const compile::ModelGraph graph = must(model::build_graph(config));
   const Case given = {{5, 7000, 140000, 248000, 99, 31337, 1, 77}, 3};
-  Output outputs[2];
-  for (const bool fused : {false, true}) {
-    CudaRunnerOptions options = cuda_options();
-    options.fused_decode = fused;
-    const auto runner = must(CudaRunner::create(graph, *source, options));
-    EXPECT_EQ(runner->decodes_fused(), fused);
-    outputs[fused] = run_one(runner.get(), given, 8);
+  for (const DType kv : {DType::kBFloat16, DType::kFloat8E4M3}) {
+    SCOPED_TRACE(dtype_name(kv));
+    Output outputs[2];
+    for (const bool fused : {false, true}) {
+      CudaRunnerOptions options = cuda_options();
+      options.fused_decode = fused;
+      options.kv = kv;
+      const auto runner = must(CudaRunner::create(graph, *source, options));
+      EXPECT_EQ(runner->decodes_fused(), fused);
+      outputs[fused] = run_one(runner.get(), given, 8);
+    }
+    for (int64_t row = 0; row < 8; ++row) {
+      EXPECT_LE(relative_error(row_of(outputs[1], row, config.vocabulary_size),
+                               row_of(outputs[0], row, config.vocabulary_size)),
+                kDenseTolerance)
+          << row;
+    }
   }
-  for (int64_t row = 0; row < 8; ++row) {
-    EXPECT_LE(relative_error(row_of(outputs[1], row, config.vocabulary_size),
-                             row_of(outputs[0], row, config.vocabulary_size)),
-              kDenseTolerance)
-        << row;
-  }
+}
+
+// Half the memory; the stored answers, which were computed with a cache in float32, to the precision of e4m3.
+TEST(CudaRunner, Fp8KvCache) {
+  const std::string directory = random_directory("dense-a");
+  const TestModel& model = test_model(directory);
+  const Golden golden(directory + "/golden.safetensors");
+  CudaRunnerOptions options = cuda_options();
+  const auto wide = make_cuda_runner(model, options);
+  options.kv = DType::kFloat8E4M3;
+  const auto runner = make_cuda_runner(model, options);
+  EXPECT_EQ(2 * runner->program().kv.bytes_per_position(), wide->program().kv.bytes_per_position());
+  EXPECT_LE(median_error(golden, runner.get()), kFp8KvTolerance);
 }
 
 // One rank of a layout whose collectives are left out: to measure it, or not at all.
@@ -352,6 +375,39 @@ TEST(CudaRunner, ProfilesEveryWeightOfAStep) {
       if (op.kind != compile::OpKind::kLinear && op.kind != compile::OpKind::kExperts) continue;
       EXPECT_NEAR(shares[i], 1, 1e-9) << op.name;
     }
+  }
+}
+
+TEST(CudaRunner, TimesEveryKindOfLaunchOfAStep) {
+  const auto runner = make_cuda_runner(test_model(random_directory("moe-a")), cuda_options());
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, pages = {0};
+  for (const size_t count : {size_t{1}, size_t{10}}) {
+    SequenceStep step;
+    step.tokens = std::span(tokens).first(count);
+    step.pages = pages;
+    step.sample = true;
+    step.sampling = &greedy;
+    std::vector<SequenceResult> before, profiled, after;
+    ASSERT_TRUE(runner->submit({&step, 1}).ok() && runner->wait(&before).ok());
+    const size_t launches = must(runner->profile({&step, 1}, &profiled)).size();
+    const std::vector<LaunchTime> kinds = must(runner->time_kinds({&step, 1}, 3));
+    size_t timed = 0;
+    std::vector<double> shares(runner->program().operations.size(), 0);
+    for (const LaunchTime& kind : kinds) {
+      EXPECT_GT(kind.seconds, 0);
+      timed += static_cast<size_t>(kind.launches);
+      for (const OperationPart& part : kind.parts) shares[part.operation] += part.share;
+    }
+    EXPECT_EQ(timed, launches);
+    EXPECT_LT(kinds.size(), launches) << "layers are alike";
+    for (size_t i = 0; i < shares.size(); ++i) {
+      const compile::Operation& op = runner->program().operations[i];
+      if (op.kind != compile::OpKind::kLinear && op.kind != compile::OpKind::kExperts) continue;
+      EXPECT_NEAR(shares[i], 1, 1e-9) << op.name;
+    }
+    ASSERT_TRUE(runner->submit({&step, 1}).ok() && runner->wait(&after).ok());
+    EXPECT_EQ(after[0].token, before[0].token) << "from the zero state again";
   }
 }
 
@@ -418,24 +474,32 @@ TEST(CudaRunner, EveryAllocationOfALoadMayFail) {
   EXPECT_GE(free_device_memory(), free_before - kLeakTolerance);
 }
 
-// In a process of its own: a fault leaves the context unusable.
-int run_into_fault(bool debug_sync, const char* expected) {
+// In a process of its own: a fault leaves the context unusable. The launch that fails is in step `failing_step`; all
+// steps are alike: the first runs launch by launch, the second as a graph.
+// A graph's other launches may still end and publish the step's token: the next step tells then.
+constexpr uint64_t kStepsUntilTold = 2;
+int run_into_fault(bool debug_sync, uint64_t failing_step, const char* expected) {
   CudaRunnerOptions options = cuda_options();
   int told = 0;
   options.debug_sync = debug_sync;
   options.fault_after_launch = 5;
+  options.fault_in_step = failing_step;
   options.on_fault = [&](const Status&) { ++told; };
   const auto runner = make_cuda_runner(test_model(demo_directory()), options);
   const SamplingParameters greedy = {.temperature = 0};
-  const std::vector<int32_t> tokens = {1, 2, 3}, pages = {0};
+  const std::vector<int32_t> tokens = {3}, pages = {0};
   SequenceStep step;
   step.tokens = tokens;
   step.pages = pages;
   step.sample = true;
   step.sampling = &greedy;
   std::vector<SequenceResult> results;
-  Status status = runner->submit({&step, 1});
-  if (status.ok()) status = runner->wait(&results);
+  Status status;
+  for (uint64_t i = 1; i <= failing_step + kStepsUntilTold && status.ok(); ++i) {
+    status = runner->submit({&step, 1});
+    if (status.ok()) status = runner->wait(&results);
+    if (i < failing_step && !status.ok()) return 9;
+  }
   const Status again = runner->submit({&step, 1});
   fprintf(stderr, "%s\n", status.message().c_str());
   const bool as_promised = status.code() == StatusCode::kInternal && again.message() == status.message() && told == 1 &&
@@ -445,12 +509,24 @@ int run_into_fault(bool debug_sync, const char* expected) {
 
 TEST(CudaRunnerDeathTest, AFaultEndsEveryStepAndIsToldOnce) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(std::_Exit(run_into_fault(false, "--debug-sync")), testing::ExitedWithCode(7), "a step of 1 sequences");
+  EXPECT_EXIT(std::_Exit(run_into_fault(false, 1, "The process must be started again")), testing::ExitedWithCode(7),
+              "a step of 1 sequences");
 }
+
+// The driver reads its settings when it starts, so they must be there before the process that will fail is.
+void expect_fault_named(uint64_t failing_step) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  arm_fault_dump();
+  EXPECT_EXIT(std::_Exit(run_into_fault(false, failing_step, "operation ")), testing::ExitedWithCode(7), "of layer 0");
+  unsetenv("CUDA_ENABLE_COREDUMP_ON_EXCEPTION");
+}
+
+TEST(CudaRunnerDeathTest, AFaultNamesItsOperation) { expect_fault_named(1); }
+TEST(CudaRunnerDeathTest, AFaultInAGraphNamesItsOperation) { expect_fault_named(2); }
 
 TEST(CudaRunnerDeathTest, WithDebugSyncAFaultNamesItsOperation) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(std::_Exit(run_into_fault(true, "operation ")), testing::ExitedWithCode(7), "of layer 0");
+  EXPECT_EXIT(std::_Exit(run_into_fault(true, 1, "operation ")), testing::ExitedWithCode(7), "of layer 0");
 }
 
 TEST(CudaRunner, RefusesWhatDoesNotFit) {

@@ -52,6 +52,8 @@ const Case kCases[] = {
     {{0, 3, 1, 0}, {4, 0, 700, 0}, {3, 1, 64, 16}, 7, DType::kFloat32},
     {{70, 5}, {0, 510}, {6, 1, 128, 32}, 16, DType::kBFloat16},
     {{20, 1, 9}, {63, 64, 505}, {4, 4, 16, 8}, 48, DType::kFloat32},
+    {{1}, {1500}, {8, 2, 256}, 64, DType::kFloat8E4M3},
+    {{70, 5}, {0, 510}, {6, 1, 128, 32}, 16, DType::kFloat8E4M3},
 };
 
 TEST(PagedAttention, EqualsTheReference) {
@@ -85,12 +87,12 @@ TEST(PagedAttention, EqualsTheReference) {
 }
 
 // A prompt whole, in chunks, token by token, with other threads and beside another sequence: the same bits.
-TEST(PagedAttention, BitsDoNotDependOnChunksThreadsOrNeighbours) {
+void check_bits(DType cache_dtype) {
   const AttentionShape shape{6, 2, 64, 16};
   constexpr int32_t kLength = 1100;
   std::mt19937 random(650);
   const TestBatch whole({kLength}, {0}, 16, 650);
-  const Cache cache(whole, shape, DType::kBFloat16, 16, random);
+  const Cache cache(whole, shape, cache_dtype, 16, random);
   const int64_t columns = 6 * 64;
   const TestRows query = TestRows(DType::kFloat32, kLength, columns).fill(random);
   ThreadPool one(1);
@@ -128,11 +130,18 @@ TEST(PagedAttention, BitsDoNotDependOnChunksThreadsOrNeighbours) {
   }
 }
 
+TEST(PagedAttention, BitsDoNotDependOnChunksThreadsOrNeighbours) {
+  for (const DType cache_dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+    SCOPED_TRACE(dtype_name(cache_dtype));
+    check_bits(cache_dtype);
+  }
+}
+
 TEST(AttentionPrepare, FusedEqualsSeparateBitForBitAndTheReference) {
   ThreadPool pool(2);
   const AttentionShape shape{4, 2, 128, 32};
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const DType cache_dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType cache_dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat8E4M3}) {
       std::mt19937 random(660);
       const TestBatch batch({30, 1}, {5, 200000}, 16);
       const int64_t tokens = 31;
@@ -172,13 +181,14 @@ TEST(AttentionPrepare, FusedEqualsSeparateBitForBitAndTheReference) {
       EXPECT_TRUE(keys[0] == keys[2]);
       EXPECT_TRUE(values[0] == values[2]);
       EXPECT_TRUE(values[0] == values[1]);
-      const float tolerance = 2 * std::max(tolerance_of(dtype), tolerance_of(cache_dtype));  // rounded twice
-      queries[0].expect_near(queries[1], tolerance);
+      queries[0].expect_near(queries[1], 2 * tolerance_of(dtype));  // rounded twice
+      const float tolerance = 2 * std::max(tolerance_of(dtype), tolerance_of(cache_dtype));
       for (int32_t t = 0; t < tokens; ++t) {
         const int64_t at = kv_element_index(pages(0), paged.view(), paged.sequence[t], paged.position[t], 1);
         for (int64_t d = 0; d < 128; ++d) {
           const float expected = load_element(cache_dtype, keys[1].view().data, at + d);
-          ASSERT_NEAR(load_element(cache_dtype, keys[0].view().data, at + d), expected, 8 * tolerance);
+          const float greatest = cache_dtype == DType::kFloat8E4M3 ? std::max(std::fabs(expected), 0x1p-6f) : 8.0f;
+          ASSERT_NEAR(load_element(cache_dtype, keys[0].view().data, at + d), expected, greatest * tolerance);
         }
       }
       for (int64_t t = 0; t < tokens; ++t) {

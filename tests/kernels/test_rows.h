@@ -19,7 +19,12 @@ inline constexpr float kFloat32Tolerance = 1e-5f;
 // Two values that differ by that little may round to neighbours: one unit in the last place.
 inline constexpr float kBFloat16Tolerance = 0x1.0p-7f;
 
-inline float tolerance_of(DType dtype) { return dtype == DType::kBFloat16 ? kBFloat16Tolerance : kFloat32Tolerance; }
+inline constexpr float kFloat8Tolerance = 0x1.0p-3f;
+
+inline float tolerance_of(DType dtype) {
+  if (dtype == DType::kFloat8E4M3) return kFloat8Tolerance;
+  return dtype == DType::kBFloat16 ? kBFloat16Tolerance : kFloat32Tolerance;
+}
 
 class TestRows {
  public:

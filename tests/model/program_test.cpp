@@ -98,18 +98,15 @@ TEST(PrintPlan, ShowsThe397BRankOfEight) {
   const Program program = compiled(graph_of(preset("qwen3.5-397b-a17b"), 8).body, without({}, kFp8));
   const Cost cost = *estimate_cost(program, device, {.price_per_hour = 2});
   const std::string page = print_plan(program, device, cost);
-  for (const char* expected : {"qwen3.5-397b-a17b on 8 x h100", "layers 1-2, 4-6, 8-10, ..., 56-58 (44 alike",
-                               "layers 3, 7, 11, ..., 59 (15 alike", ": 6 phases + 2 collectives", "gdn_mixer",
-                               "all_reduce_add_rms_norm", "2.435 GB of weights", "50.08 GB weights", "roofline",
-                               "prediction by phases", "per million tokens", "fit                       yes"}) {
+  for (const char* expected :
+       {"qwen3.5-397b-a17b on 8 x h100", "layers 1-2, 4-6, 8-10, ..., 56-58 (44 alike",
+        "layers 3, 7, 11, ..., 59 (15 alike", ": 6 phases + 2 collectives", "gdn_mixer", "all_reduce_add_rms_norm",
+        "2.435 GB of weights", "50.08 GB weights", "roofline", "floor by phases", "prediction", "per million tokens",
+        "fit                       yes"}) {
     EXPECT_NE(page.find(expected), std::string::npos) << expected << "\n" << page;
   }
-  // The predictions stand between the roofline and the time of everything one after the other.
-  double sum = 0;
-  for (const OperationCost& operation : cost.operations) sum += operation.seconds;
-  EXPECT_LT(cost.roofline_seconds, cost.phase_seconds);
-  EXPECT_LT(cost.phase_seconds, cost.total.seconds);
-  EXPECT_LT(cost.total.seconds, sum);
+  EXPECT_LT(cost.roofline_seconds, cost.phase_floor_seconds);
+  EXPECT_LT(cost.phase_floor_seconds, cost.total.seconds);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ namespace {
 // Between the fast kernels and the plain ones, or two fusions of one Program: the order of sums, and roundings between
 // operations that a fusion leaves out.
 constexpr float kFloat32PathTolerance = 1e-4f;
+constexpr float kFp8KvPathTolerance = 1e-2f;
 
 struct Path {
   std::string name;
@@ -179,6 +180,26 @@ TEST_P(Equality, BFloat16BatchedIsTheSameBits) {
     for (size_t i = 0; i < cases.size(); ++i) {
       SCOPED_TRACE("request " + std::to_string(i));
       expect_equal(outputs[i], expected[i], model().config.vocabulary_size, 0);
+    }
+  }
+}
+
+// With plain kernels a value on the edge between two codes may fall to the other one.
+TEST_P(Equality, Fp8KvCache) {
+  const std::vector<Case> cases = cases_for(model());
+  const Options fp8 = [](CpuRunnerOptions* options) { options->kv = DType::kFloat8E4M3; };
+  const Options plain = [](CpuRunnerOptions* options) {
+    options->kv = DType::kFloat8E4M3;
+    options->reference_kernels = true;
+  };
+  const std::vector<Output> expected = path("alone", 0, fp8, alone).run(model(), cases);
+  for (const Path& each : {path("batched", 0, fp8, together(5)), path("staggered", 0, fp8, staggered),
+                           path("plain kernels", kFp8KvPathTolerance, plain, together(64))}) {
+    SCOPED_TRACE(each.name);
+    const std::vector<Output> outputs = each.run(model(), cases);
+    for (size_t i = 0; i < cases.size(); ++i) {
+      SCOPED_TRACE("request " + std::to_string(i));
+      expect_equal(outputs[i], expected[i], model().config.vocabulary_size, each.tolerance);
     }
   }
 }

@@ -53,6 +53,27 @@ INSTANTIATE_TEST_SUITE_P(Poison, Fault,
                          testing::Values(std::numeric_limits<float>::quiet_NaN(),
                                          std::numeric_limits<float>::infinity()));
 
+TEST(Profile, ListsEveryOperationOnceAndGivesTheSameToken) {
+  const TestModel& model = test_model(random_directory("moe-a"));
+  const auto runner = make_runner(model, test_options());
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens = {3, 1, 4, 1, 5}, pages = {0};
+  const SequenceStep step = {.tokens = tokens, .pages = pages, .sample = true, .sampling = &greedy};
+  std::vector<SequenceResult> plain, profiled, again;
+  ASSERT_TRUE(runner->submit({&step, 1}).ok() && runner->wait(&plain).ok());
+  const std::vector<LaunchTime> launches = must(runner->profile({&step, 1}, &profiled));
+  ASSERT_EQ(launches.size(), runner->program().operations.size() + 1);
+  for (size_t i = 0; i + 1 < launches.size(); ++i) {
+    ASSERT_EQ(launches[i].parts.size(), 1u);
+    EXPECT_EQ(launches[i].parts[0].operation, static_cast<int32_t>(i));
+    EXPECT_GT(launches[i].seconds, 0) << runner->program().operations[i].name;
+  }
+  EXPECT_TRUE(launches.back().parts.empty());
+  ASSERT_TRUE(runner->submit({&step, 1}).ok() && runner->wait(&again).ok());
+  EXPECT_EQ(profiled[0].token, plain[0].token);
+  EXPECT_EQ(again[0].token, plain[0].token);
+}
+
 class RunnerTest : public testing::Test {
  protected:
   const TestModel& model_ = test_model(random_directory("dense-a"));

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <utility>
 
-#include "compile/print.h"
+#include "app/phase_time.h"
 #include "kernels/cuda/memory_bandwidth.h"
 #include "model/architecture.h"
 #include "runtime/cuda/cuda_runner.h"
+#include "runtime/cuda/fault_dump.h"
 
 namespace tokenspeed::app {
 namespace {
@@ -41,9 +42,10 @@ Result<double> gpu_read_bandwidth() {
 Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedModel& model, const ModelFlags& flags,
                                                          std::function<void(const Status&)> on_fault) {
   if (flags.kv_cache_dtype == "float32") {
-    return invalid_argument("the GPU keeps keys and values as bfloat16; give --kv-cache-dtype auto");
+    return invalid_argument("the GPU keeps keys and values as bfloat16 or FP8; give --kv-cache-dtype auto or fp8");
   }
   runtime::CudaRunnerOptions options;
+  options.kv = flags.kv_cache_dtype == "fp8" ? DType::kFloat8E4M3 : DType::kBFloat16;
   TS_ASSIGN_OR_RETURN(options.weights, weight_dtype(model.config, flags.dtype));
   TS_ASSIGN_OR_RETURN(options.max_model_length, model_length(model.config, flags));
   options.max_step_tokens = flags.max_step_tokens ? flags.max_step_tokens : kStepTokens;
@@ -62,25 +64,26 @@ Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedMode
   return runner;
 }
 
-Result<std::vector<PhaseTime>> profile_step(runtime::Runner& runner, std::span<const runtime::SequenceStep> sequences,
-                                            std::vector<runtime::SequenceResult>* results) {
+void arm_gpu_fault_dump() { runtime::arm_fault_dump(); }
+
+Result<std::pair<uint64_t, uint64_t>> gpu_step_times(const runtime::Runner& runner) {
+  const auto times = static_cast<const runtime::CudaRunner&>(runner).last_step_times();
+  return std::make_pair(times.begin, times.end);
+}
+
+Result<std::vector<PhaseTime>> profile_gpu_step(runtime::Runner& runner,
+                                                std::span<const runtime::SequenceStep> sequences,
+                                                std::vector<runtime::SequenceResult>* results) {
   auto& cuda = static_cast<runtime::CudaRunner&>(runner);
   TS_ASSIGN_OR_RETURN(const std::vector<runtime::LaunchTime> launches, cuda.profile(sequences, results));
-  std::vector<PhaseTime> phases;
-  for (const runtime::LaunchTime& launch : launches) {
-    const std::string name = launch.parts.empty()
-                                 ? "sampling"
-                                 : compile::operation_label(cuda.program().operations[launch.parts[0].operation]);
-    auto phase = std::find_if(phases.begin(), phases.end(), [&](const PhaseTime& p) { return p.name == name; });
-    if (phase == phases.end()) {
-      phases.push_back({name, 0, 0, {}});
-      phase = phases.end() - 1;
-    }
-    ++phase->launches;
-    phase->seconds += launch.seconds;
-    for (const runtime::OperationPart& part : launch.parts) phase->parts.emplace_back(part.operation, part.share);
-  }
-  return phases;
+  return collect_phases(cuda.program(), launches);
+}
+
+Result<std::vector<PhaseTime>> time_gpu_kinds(runtime::Runner& runner, std::span<const runtime::SequenceStep> sequences,
+                                              int32_t rounds) {
+  auto& cuda = static_cast<runtime::CudaRunner&>(runner);
+  TS_ASSIGN_OR_RETURN(const std::vector<runtime::LaunchTime> kinds, cuda.time_kinds(sequences, rounds));
+  return collect_phases(cuda.program(), kinds);
 }
 
 }  // namespace tokenspeed::app

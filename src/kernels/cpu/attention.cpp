@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -25,6 +26,16 @@ struct Sums {
   static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
   static Sums at(float* data, int64_t rows) { return {data, data + rows, data + 2 * rows}; }
 };
+
+// Every code of float8_e4m3 as float32.
+const float* float8_values() {
+  static const std::array<float, 256> values = [] {
+    std::array<float, 256> all;
+    for (size_t code = 0; code < all.size(); ++code) all[code] = float8_e4m3_to_float(static_cast<uint8_t>(code));
+    return all;
+  }();
+  return values.data();
+}
 
 class Attention {
  public:
@@ -109,11 +120,28 @@ class Attention {
     for (int64_t j = begin; j < end; ++j) {
       offset[j - begin] = kv_element_index(args_.pages, args_.batch, tile.sequence, j, kv_head);
     }
+    Elements keys = elements(args_.pages.dtype, args_.pages.keys, 0);
+    Elements values = elements(args_.pages.dtype, args_.pages.values, 0);
+    if (args_.pages.dtype == DType::kFloat8E4M3) {
+      thread_local std::vector<float> wide_keys, wide_values;
+      keys = widened(args_.pages.keys, offset, end - begin, &wide_keys);
+      values = widened(args_.pages.values, offset, end - begin, &wide_values);
+      for (int64_t j = 0; j < end - begin; ++j) offset[j] = j * head_dim_;
+    }
     const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim_)));
-    vector_kernels().attend({rows(tile), head_dim_, query.data(), position.data(), begin, end,
-                             elements(args_.pages.dtype, args_.pages.keys, 0),
-                             elements(args_.pages.dtype, args_.pages.values, 0), offset, scale, out.greatest, out.total,
-                             out.sum});
+    vector_kernels().attend({rows(tile), head_dim_, query.data(), position.data(), begin, end, keys, values, offset,
+                             scale, out.greatest, out.total, out.sum});
+  }
+
+  // FP8 rows at these offsets, one after the other as float32. A partition of them stays in the caches.
+  Elements widened(const void* pages, const int64_t* offset, int64_t count, std::vector<float>* wide) const {
+    const float* const value = float8_values();
+    wide->resize(static_cast<size_t>(count * head_dim_));
+    for (int64_t j = 0; j < count; ++j) {
+      const uint8_t* const from = static_cast<const uint8_t*>(pages) + offset[j];
+      for (int64_t d = 0; d < head_dim_; ++d) (*wide)[static_cast<size_t>(j * head_dim_ + d)] = value[from[d]];
+    }
+    return {wide->data(), false};
   }
 
   void clear(const Sums& sums, int64_t rows) const {

@@ -2,6 +2,7 @@
 // block, blocks of 64 keys through shared memory, online softmax in registers.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/fp8_pages.cuh"
 #include "kernels/cuda/tensor_core.cuh"
 
 namespace tokenspeed::kernels::cuda {
@@ -30,8 +31,17 @@ __device__ inline void load_block(uint32_t shared, const void* pages, const KvPa
         (static_cast<int64_t>(table[position / layout.page_size]) * layout.page_size + position % layout.page_size) *
             layout.heads +
         head;
-    copy16_async(shared + swizzled<kHeadDim * 2>(row, chunk),
-                 static_cast<const bf16*>(pages) + at * kHeadDim + chunk * 8, first + row < count);
+    const uint32_t to = shared + swizzled<kHeadDim * 2>(row, chunk);
+    if (layout.dtype != DType::kFloat8E4M3) {
+      copy16_async(to, static_cast<const bf16*>(pages) + at * kHeadDim + chunk * 8, first + row < count);
+      continue;
+    }
+    uint4 values = {};
+    if (first + row < count) {
+      values = bf16_from_fp8(
+          *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(pages) + at * kHeadDim + chunk * 8));
+    }
+    *reinterpret_cast<uint4*>(__cvta_shared_to_generic(to)) = values;
   }
 }
 

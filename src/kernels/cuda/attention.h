@@ -1,5 +1,6 @@
-// Full attention on CUDA: kernels/attention.h with bfloat16 rows and pages, head_dim 64, 128 or 256, any number of
-// tokens. A row's bits depend on its own position and inputs only: key blocks of kAttentionBlock in ascending order.
+// Full attention on CUDA: kernels/attention.h with bfloat16 rows, pages of bfloat16 or float8_e4m3, head_dim 64, 128 or
+// 256, any number of tokens. A row's bits depend on its own position and inputs only: key blocks of kAttentionBlock in
+// ascending order.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -2,6 +2,7 @@
 // token, a block has a few tokens and computes their angles once.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/fp8_pages.cuh"
 
 namespace tokenspeed::kernels::cuda {
 namespace {
@@ -36,6 +37,13 @@ struct HeadValues {
         *reinterpret_cast<__nv_bfloat162*>(p + i) = __floats2bfloat162_rn(v[i], v[i + 1]);
       }
     }
+  }
+  // Rounded to bfloat16 on the way, as every key and value is.
+  __device__ void store(uint8_t* p) const {
+    p += threadIdx.x % kWarp * kPerLane;
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 2)
+      *reinterpret_cast<uint16_t*>(p + i) = static_cast<uint16_t>(fp8_from_bf16(pack_bf16(v[i], v[i + 1])));
   }
   __device__ void norm(const float* weight, float epsilon) {
     float squares = 0;
@@ -117,8 +125,13 @@ __device__ inline void prepare_head(const AttentionPrepare& args, int token, int
     values.norm(args.key_norm, args.epsilon);
     values.rotate(rotary_dim, turns);
   }
-  bf16* to = static_cast<bf16*>(is_key ? args.pages.keys : args.pages.values);
-  values.store(to + (page_row(args.batch, args.pages, token) * kv_heads + head) * kHeadDim);
+  void* const to = is_key ? args.pages.keys : args.pages.values;
+  const int64_t at = (page_row(args.batch, args.pages, token) * kv_heads + head) * kHeadDim;
+  if (args.pages.dtype == DType::kFloat8E4M3) {
+    values.store(static_cast<uint8_t*>(to) + at);
+  } else {
+    values.store(static_cast<bf16*>(to) + at);
+  }
 }
 
 template <int kPerLane>
@@ -176,8 +189,13 @@ __global__ void kv_write_kernel(KvWrite args) {
   const int64_t column = index % (columns / 8) * 8;
   const int64_t row = page_row(args.batch, args.pages, token);
   const auto copy = [&](const Rows& from, void* to) {
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(to) + row * columns + column) =
+    const uint4 values =
         *reinterpret_cast<const uint4*>(static_cast<const bf16*>(from.data) + token * from.stride + column);
+    if (args.pages.dtype == DType::kFloat8E4M3) {
+      *reinterpret_cast<uint2*>(static_cast<uint8_t*>(to) + row * columns + column) = fp8_from_bf16(values);
+    } else {
+      *reinterpret_cast<uint4*>(static_cast<bf16*>(to) + row * columns + column) = values;
+    }
   };
   copy(args.key, args.pages.keys);
   copy(args.value, args.pages.values);

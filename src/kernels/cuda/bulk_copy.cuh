@@ -22,6 +22,17 @@ __device__ inline void publish_barriers() {
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// For a whole warp, whose accesses before it are ordered by it: kWarpArrivals of the barrier's count. One lane arrives
+// for all; race checkers, which do not see that, want a build in which every lane does.
+#ifdef TOKENSPEED_EVERY_LANE_ARRIVES
+inline constexpr int kWarpArrivals = kWarp;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+__device__ inline void warp_arrive(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarp < kWarpArrivals) barrier_arrive(barrier);
+}
 // Arrives and adds `bytes` that copies will bring before the phase completes.
 __device__ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -49,6 +60,15 @@ __device__ inline void tile_copy(uint32_t shared, const CUtensorMap& map, int ro
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// A tile of a paired_tensor_map().
+__device__ inline void paired_tile_copy(uint32_t shared, const CUtensorMap& map, int group, int eight, int column,
+                                        uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %3, %4, %5}], [%6];" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(0), "r"(eight), "r"(group), "r"(barrier)
       : "memory");
 }
 __device__ inline void prefetch_map(const CUtensorMap& map) {

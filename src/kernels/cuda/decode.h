@@ -4,8 +4,7 @@
 //
 // A layer is six launches or fewer (qwen3.5 MoE; x is the residual stream, bfloat16):
 //   1 decode_linear     norm(x) -> q_gate|k|v, or qkv|z|b|a        segments of one launch, norm fused
-//   2 decode_gdn        conv, l2norm, gates, rule, gated norm       or decode_attention (two launches when the context
-//                                                                   has more than one key block)
+//   2 decode_gdn        conv, l2norm, gates, rule, gated norm       or decode_attention
 //   3 decode_linear     x += W out                                  accumulate
 //   4 decode_linear     norm(x) -> normed, router logits, shared gate logit
 //   5 decode_gate_up    top-k, silu(gate) * up of routed and shared experts; dense: norm fused, no router (4 falls
@@ -118,7 +117,9 @@ Status decode_gdn(const GdnMixer& args, const Launch& launch);
 
 // Attention of the step's tokens from the projections on: q and k norm, rope, KV write, softmax over all keys, output
 // gate. Same results as AttentionPrepare followed by PagedAttention (to the tolerance of bfloat16 probabilities).
-// The keys of a row are summed in fixed blocks of kDecodeKeyBlock, whose partial results are then added in fixed order.
+// The keys of a row are summed in segments of kDecodeKeySegment, whose results are then added in an order that depends
+// on their number alone. One launch of a block per segment, KV head and sequence.
+// Every sequence has at least one token; at most kDecodeTokens tokens, or any number of sequences of one token each.
 // max_context: no sequence may have context + new tokens above it; it sets the number of blocks launched, so one
 // captured graph serves all contexts up to it. KV pages bfloat16 or float8_e4m3 (unscaled). Bytes: per sequence,
 // context * kv_heads * head_dim * 2 * element size.
@@ -134,9 +135,9 @@ struct DecodeAttention {
   float epsilon = 1e-6f;
   Rows out;  // [T, query_heads * head_dim]
   int64_t max_context = 0;
-  void* workspace = nullptr;  // decode_attention_workspace_bytes()
+  void* workspace = nullptr;  // decode_attention_workspace_bytes(), zeroed once before the first use
 };
-inline constexpr int kDecodeKeyBlock = 64;
+inline constexpr int kDecodeKeySegment = 256;
 int64_t decode_attention_workspace_bytes(const AttentionShape& shape, int64_t tokens, int64_t max_context);
 Status decode_attention(const DecodeAttention& args, const Launch& launch);
 

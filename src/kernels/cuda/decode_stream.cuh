@@ -59,6 +59,7 @@ class WeightRing {
                  : "=f"(scale.x), "=f"(scale.y)
                  : "r"(scales_ + out_ * 8)
                  : "memory");
+    __syncwarp();  // the next push may write where the others still read scales
     if (++out_ == kStages) out_ = 0;
   }
 

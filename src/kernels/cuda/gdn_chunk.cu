@@ -58,13 +58,17 @@ __device__ inline void fetch_chunks(const GatedDeltaRule& args, const CUtensorMa
   }
 }
 
-// The rows behind a sequence's last token are another sequence's: zeros instead, so that its NaN stays there.
+__device__ inline void state_warps_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kStateWarps * kWarp) : "memory"); }
+
+// The rows behind a sequence's last token are another sequence's: zeros instead, so that its NaN stays there. Both
+// state warps must call.
 __device__ inline void clear_keys(Stage& stage, int tokens) {
   constexpr int kPieces = kHalfRow / 8;
-  for (int i = tokens * kPieces + threadIdx.x % kWarp; i < kChunk * kPieces; i += kWarp) {
+  state_warps_meet();
+  for (int i = tokens * kPieces + threadIdx.x; i < kChunk * kPieces; i += kStateWarps * kWarp) {
     for (int half = 0; half < 2; ++half) reinterpret_cast<uint4*>(&stage.keys[half])[i] = uint4{};
   }
-  __syncwarp();
+  state_warps_meet();
 }
 
 // d[16 x 64] += a[16 x 128] rows^T: rows are 64 keys or queries.
@@ -190,8 +194,7 @@ __device__ inline void walk_state(const GatedDeltaRule& args, WalkShared& shared
 #pragma unroll
       for (int i = 0; i < 4; ++i) passed[(kSteps + t) * 4 + i][lane] = a[i];
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.ready[warp][c % 2]));
+    warp_arrive(shared_address(&shared.ready[warp][c % 2]));
 
     scale_columns(d, stage.matrices.rest);
     const float grown = stage.matrices.grown[kChunk - 1];
@@ -214,8 +217,7 @@ __device__ inline void walk_state(const GatedDeltaRule& args, WalkShared& shared
         multiply_add(state[2 * n + 1], a, b[2], b[3]);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.empty[c % kStages]));
+    warp_arrive(shared_address(&shared.empty[c % kStages]));
   }
   const int slot = args.batch.state_out[sequence];
 #pragma unroll
@@ -259,11 +261,8 @@ __device__ inline void write_output(const GatedDeltaRule& args, WalkShared& shar
 #pragma unroll
     for (int i = 0; i < kTiles * 4; ++i) d[i / 4][i % 4] = passed[kSteps * 4 + i][lane];
     multiply_lower(o, d, shared_address(stage.matrices.attend));
-    __syncwarp();
-    if (lane == 0) {
-      barrier_arrive(shared_address(&shared.taken[warp][c % 2]));
-      barrier_arrive(shared_address(&shared.empty[c % kStages]));
-    }
+    warp_arrive(shared_address(&shared.taken[warp][c % 2]));
+    warp_arrive(shared_address(&shared.empty[c % kStages]));
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n) {
       const int token = c * kChunk + n * 8 + lane / 4;
@@ -292,11 +291,11 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(shared_address(&shared.full[s]), 1);
-      barrier_init(shared_address(&shared.empty[s]), 2 * kStateWarps);
+      barrier_init(shared_address(&shared.empty[s]), 2 * kStateWarps * kWarpArrivals);
     }
     for (int i = 0; i < 2 * kStateWarps; ++i) {
-      barrier_init(shared_address(&shared.ready[i / 2][i % 2]), 1);
-      barrier_init(shared_address(&shared.taken[i / 2][i % 2]), 1);
+      barrier_init(shared_address(&shared.ready[i / 2][i % 2]), kWarpArrivals);
+      barrier_init(shared_address(&shared.taken[i / 2][i % 2]), kWarpArrivals);
     }
   }
   publish_barriers();

@@ -243,16 +243,13 @@ __device__ inline void consume(const TileGemm& args, Shared& shared, int column_
   const int steps = static_cast<int>((args.k * (kFp8 ? 1 : 2) + kRowBytes - 1) / kRowBytes);
   const int row_tiles = count_row_tiles(args);
   int done = 0;
-  const auto release = [&](int step) {
-    if (lane == 0) barrier_arrive(shared_address(&shared.empty[step % kStages]));
-  };
+  const auto release = [&](int step) { warp_arrive(shared_address(&shared.empty[step % kStages])); };
   for (int number = 0; static_cast<int>(blockIdx.x + number * gridDim.x) < row_tiles * column_tiles; ++number) {
     const Slot& slot = shared.slots[number % kSlots];
     barrier_wait(shared_address(&shared.full[done % kStages]), done / kStages % 2);
     if (slot.tile.end - slot.tile.first <= warpgroup * kHalfTile) {
       for (int step = 0; step < steps; ++step, ++done) {
         barrier_wait(shared_address(&shared.full[done % kStages]), done / kStages % 2);
-        __syncwarp();
         release(done);
       }
       continue;
@@ -312,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(shared_address(&shared.full[s]), kWarpgroup + 1);
-      barrier_init(shared_address(&shared.empty[s]), kConsumers * kWarpgroup / kWarp);
+      barrier_init(shared_address(&shared.empty[s]), kConsumers * kWarpgroup / kWarp * kWarpArrivals);
     }
   }
   publish_barriers();

@@ -1,14 +1,20 @@
-#include "kernels/cuda/step.h"
-
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/step.h"
 
 namespace tokenspeed::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
+__device__ inline uint64_t clock_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
 __global__ void expand_kernel(ExpandBatch args) {
   const int thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread == 0) *args.begin_ns = clock_ns();
   const int changes = *args.change_count;
   for (int i = thread; i < changes; i += static_cast<int>(gridDim.x) * kThreads) {
     args.page_table[args.changes[i].index] = args.changes[i].page;
@@ -30,6 +36,10 @@ __global__ void expand_kernel(ExpandBatch args) {
 
 __global__ void publish_kernel(PublishTokens args) {
   for (int i = threadIdx.x; i < args.count; i += kThreads) args.host_tokens[i] = args.tokens[i];
+  if (threadIdx.x == 0) {
+    args.host_times[0] = *args.begin_ns;
+    args.host_times[1] = clock_ns();
+  }
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x == 0) *static_cast<volatile uint64_t*>(args.host_number) = *args.number;
@@ -41,6 +51,8 @@ void expand_batch(const ExpandBatch& args, cudaStream_t stream) {
   expand_kernel<<<static_cast<unsigned>(ceil_div(args.tokens, kThreads)), kThreads, 0, stream>>>(args);
 }
 
-void publish_tokens(const PublishTokens& args, cudaStream_t stream) { publish_kernel<<<1, kThreads, 0, stream>>>(args); }
+void publish_tokens(const PublishTokens& args, cudaStream_t stream) {
+  publish_kernel<<<1, kThreads, 0, stream>>>(args);
+}
 
 }  // namespace tokenspeed::kernels::cuda

@@ -25,16 +25,19 @@ struct ExpandBatch {
   int32_t* position = nullptr;
   int32_t* sequence = nullptr;
   int32_t* page_table = nullptr;
+  uint64_t* begin_ns = nullptr;  // the GPU's clock
 };
 void expand_batch(const ExpandBatch& args, cudaStream_t stream);
 
-// Copies the tokens to mapped host memory, then *number to *host_number: the host that reads the number sees the
-// tokens.
+// Copies the tokens to mapped host memory, *begin_ns and the GPU's clock now to host_times, then *number to
+// *host_number: the host that reads the number sees the rest.
 struct PublishTokens {
   int32_t count = 0;
   const int32_t* tokens = nullptr;
   const uint64_t* number = nullptr;
+  const uint64_t* begin_ns = nullptr;
   int32_t* host_tokens = nullptr;
+  uint64_t* host_times = nullptr;  // [2]
   uint64_t* host_number = nullptr;
 };
 void publish_tokens(const PublishTokens& args, cudaStream_t stream);

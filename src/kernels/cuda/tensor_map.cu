@@ -35,27 +35,44 @@ CUtensorMapDataType map_type(DType dtype) {
   }
 }
 
+// The last sizes and strides belong to the slowest dimension; strides are those of dimensions 1 and up.
+template <int kRank>
+CUtensorMap encode(const void* data, DType dtype, const cuuint64_t (&sizes)[kRank],
+                   const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank], CUtensorMapSwizzle swizzle) {
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) step = 1;
+  CUtensorMap map;
+  const CUresult result = encoder()(&map, map_type(dtype), kRank, const_cast<void*>(data), sizes, strides, box, steps,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    fprintf(stderr, "cuTensorMapEncodeTiled failed with %d for [%lld, %lld] at %p, rows of %lld bytes\n",
+            static_cast<int>(result), static_cast<long long>(sizes[1]), static_cast<long long>(sizes[0]), data,
+            static_cast<long long>(strides[0]));
+    abort();
+  }
+  return map;
+}
+
 }  // namespace
 
 CUtensorMap tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows,
                        int box_columns) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
   const bool wide = box_columns * static_cast<int64_t>(dtype_size(dtype)) == 128;
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, map_type(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    fprintf(stderr, "cuTensorMapEncodeTiled failed with %d for [%lld, %lld] at %p, rows of %lld bytes\n",
-            static_cast<int>(result), static_cast<long long>(rows), static_cast<long long>(columns), data,
-            static_cast<long long>(row_bytes));
-    abort();
-  }
-  return map;
+  return encode<2>(data, dtype, {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+                   {static_cast<cuuint64_t>(row_bytes)},
+                   {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)},
+                   wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+CUtensorMap paired_tensor_map(const void* data, DType dtype, int64_t groups, int64_t width, int64_t columns,
+                              int box_eights) {
+  const auto row_bytes = static_cast<cuuint64_t>(columns) * dtype_size(dtype);
+  const auto rows = static_cast<cuuint64_t>(width);
+  return encode<5>(data, dtype, {static_cast<cuuint64_t>(columns), 8, 2, rows / 8, static_cast<cuuint64_t>(groups)},
+                   {row_bytes, rows * row_bytes, 8 * row_bytes, 2 * rows * row_bytes},
+                   {static_cast<cuuint32_t>(128 / dtype_size(dtype)), 8, 2, static_cast<cuuint32_t>(box_eights), 1},
+                   CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -20,4 +20,10 @@ namespace tokenspeed::kernels::cuda {
 CUtensorMap tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows,
                        int box_columns);
 
+// `groups` matrices [2 * width, columns] one after the other, gate rows before up rows. A tile is, `box_eights` times,
+// eight gate rows and the eight up rows that belong to them; its columns are 128 bytes. Its coordinates for
+// paired_tile_copy() are (column, width / 8, group). Otherwise as tensor_map().
+CUtensorMap paired_tensor_map(const void* data, DType dtype, int64_t groups, int64_t width, int64_t columns,
+                              int box_eights);
+
 }  // namespace tokenspeed::kernels::cuda

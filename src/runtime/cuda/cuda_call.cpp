@@ -124,6 +124,32 @@ std::string describe_operation(const compile::Program& program, int32_t index) {
   return "operation " + std::to_string(index) + " '" + op.name + "' of layer " + std::to_string(op.layer);
 }
 
+int32_t find_operation(const CudaProgram& program, const CudaRank& rank, std::span<const uint64_t> parameters) {
+  const auto known = [&](const void* address) {
+    const auto word = reinterpret_cast<uint64_t>(address);
+    return word != 0 && std::find(parameters.begin(), parameters.end(), word) != parameters.end() ? 1 : 0;
+  };
+  int32_t best = compile::kNone;
+  std::pair<int, int> best_found = {0, 0};
+  for (int32_t i = 0; i < static_cast<int32_t>(program.program().operations.size()); ++i) {
+    const Operation& op = program.program().operations[i];
+    std::pair<int, int> found = {0, 0};
+    for (size_t w = 0; w < op.weights.size(); ++w) {
+      const kernels::Matrix& matrix = program.weight(op, w).matrix;
+      found.first += known(matrix.data) + known(matrix.scale);
+    }
+    if (op.attributes.kv_layer != compile::kNone) found.first += known(rank.caches->kv(op.attributes.kv_layer).keys);
+    if (op.attributes.state_layer != compile::kNone)
+      found.first += known(rank.caches->state(op.attributes.state_layer).recurrent);
+    for (const int32_t value : op.inputs) found.second += known(program.rows(rank, value).data);
+    for (const int32_t value : op.outputs) found.second += known(program.rows(rank, value).data);
+    if (found <= best_found) continue;
+    best = i;
+    best_found = found;
+  }
+  return best;
+}
+
 Status call_operation(const CudaProgram& program, const CudaRank& rank, const CudaStep& step, int32_t index) {
   Status status = execute(program, rank, step, program.program().operations[index]);
   return status.ok() ? std::move(status) : std::move(status).with_context(describe_operation(program.program(), index));

@@ -16,11 +16,6 @@ using compile::Operation;
 using compile::OpKind;
 using compile::RowSymbol;
 
-bool is_collective(OpKind kind) {
-  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather || kind == OpKind::kReduceScatter ||
-         kind == OpKind::kAllReduceRmsNorm;
-}
-
 Status refuse(const Operation& op, const std::string& what, int64_t value, const char* allowed) {
   return unimplemented("operation '" + op.name + "' has " + what + " " + std::to_string(value) +
                        "; the CUDA kernels take " + allowed + ". Run with --device cpu");
@@ -142,11 +137,9 @@ Status CudaProgram::run(const CudaRank& rank, const CudaStep& step, int32_t begi
       TS_RETURN_IF_ERROR(cuda_check(cudaEventRecord(event, rank.streams[1 - stream]), "recording an event"));
       TS_RETURN_IF_ERROR(cuda_check(cudaStreamWaitEvent(rank.streams[stream], event), "waiting for an event"));
     }
-    if (observe) {
-      const OperationPart part = {.operation = i};
-      TS_RETURN_IF_ERROR(observe({&part, 1}));
-    }
-    TS_RETURN_IF_ERROR(call_operation(*this, rank, step, i));
+    const OperationPart part = {.operation = i};
+    TS_ASSIGN_OR_RETURN(const bool launch, shall_launch(observe, {&part, 1}));
+    if (launch) TS_RETURN_IF_ERROR(call_operation(*this, rank, step, i));
   }
   return {};
 }

@@ -17,6 +17,7 @@
 #include "runtime/caches.h"
 #include "runtime/cuda/cuda_weights.h"
 #include "runtime/cuda/device.h"
+#include "runtime/launch_time.h"
 
 namespace tokenspeed::runtime {
 
@@ -41,13 +42,13 @@ struct CudaRank {
   cudaEvent_t joined = nullptr;
 };
 
-// An operation, or the share of its bytes, that a launch carries out.
-struct OperationPart {
-  int32_t operation = 0;  // index in the Program
-  double share = 1;
-};
-// Called before a launch (or the launches of one operation) with what it carries out. An error ends the step.
-using LaunchObserver = std::function<Status(std::span<const OperationPart> parts)>;
+// Called before a launch (or the launches of one operation) with what it carries out: false leaves it out (for
+// measurements: what follows then reads stale values), an error ends the step. Without an observer all is launched.
+using LaunchObserver = std::function<Result<bool>(std::span<const OperationPart> parts)>;
+inline Result<bool> shall_launch(const LaunchObserver& observe, std::span<const OperationPart> parts) {
+  if (!observe) return true;
+  return observe(parts);
+}
 
 class CudaProgram {
  public:

@@ -39,6 +39,13 @@ kernels::cuda::DecodeSampleRow sample_row(const SequenceStep& step, bool on_devi
   return row;
 }
 
+// What the device writes into mapped host memory at the end of a step; the tokens follow.
+struct Published {
+  uint64_t number;
+  uint64_t times[2];
+};
+int32_t* published_tokens(Published* published) { return reinterpret_cast<int32_t*>(published + 1); }
+
 void clear(SequenceResult* result) {
   result->token = -1;
   result->status = Status();
@@ -79,8 +86,10 @@ Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> seq
   for (SequenceResult& result : results_) clear(&result);
   sequences_ = sequences;
   input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, ++number_);
-  const bool fused = runs_fused(batch_->batch().tokens);  // only those kernels depend on the context's class
-  return GraphKey{batch_->batch().sequences, batch_->batch().tokens, fused ? context_class(sequences) : 0, any_draws};
+  const kernels::SequenceBatch& batch = batch_->batch();
+  const int64_t context = context_class(sequences);
+  const bool planned = runs_planned(batch.sequences, batch.tokens, context);
+  return GraphKey{batch.sequences, batch.tokens, planned ? context : 0, any_draws};
 }
 
 Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
@@ -99,10 +108,8 @@ Status CudaRunner::run(const GraphKey& key) {
   }
   if (graph) {
     TS_RETURN_IF_ERROR(cuda_check(cudaGraphLaunch(graph, rank_.streams[0]), "launching the step's graph"));
-  } else if (options_.debug_sync || options_.fault_after_launch >= 0) {
-    TS_RETURN_IF_ERROR(enqueue_checked(key));
   } else {
-    TS_RETURN_IF_ERROR(enqueue(key, {}));
+    TS_RETURN_IF_ERROR(enqueue_step(key));
   }
   return one_group_ ? fetch_logits(host_rows_, 0) : Status();
 }
@@ -112,8 +119,8 @@ Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe) {
   TS_RETURN_IF_ERROR(input_->expand(key.sequences, key.tokens, rank_.streams[0]));
   const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(wanted_.size()));
   const bool fused = runs_fused(key.tokens);
-  TS_RETURN_IF_ERROR(fused ? decode_.run_body(rank_, step, key.max_context, observe)
-                           : body_.run_body(rank_, step, observe));
+  TS_RETURN_IF_ERROR(key.max_context > 0 ? decode_.run_body(rank_, step, key.max_context, observe)
+                                         : body_.run_body(rank_, step, observe));
   return one_group_ ? enqueue_sampling(key, step, fused, observe) : Status();
 }
 
@@ -132,11 +139,11 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
   int32_t* tokens = reinterpret_cast<int32_t*>(tokens_.data());
   if (step.wanted_count > 0) {
     TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step, observe) : body_.run_head(rank_, step, observe));
-    if (observe) TS_RETURN_IF_ERROR(observe({}));
+    TS_ASSIGN_OR_RETURN(const bool sampled, shall_launch(observe, {}));
     const compile::Program& program = body_.program();
     const kernels::Rows logits = body_.rows(rank_, program.logits);
     const kernels::cuda::Launch launch = {.stream = rank_.streams[0], .dependent = false};
-    for (int64_t row = 0; row < step.wanted_count; row += kernels::cuda::kDecodeTokens) {
+    for (int64_t row = 0; sampled && row < step.wanted_count; row += kernels::cuda::kDecodeTokens) {
       const int64_t rows = std::min<int64_t>(step.wanted_count - row, kernels::cuda::kDecodeTokens);
       const float* from = static_cast<const float*>(logits.data) + row * logits.stride;
       TS_RETURN_IF_ERROR(key.draws ? kernels::cuda::decode_sample({rows, program.vocabulary_size, from, logits.stride,
@@ -147,19 +154,24 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
                                                                   launch));
     }
   }
-  uint64_t* host_number = reinterpret_cast<uint64_t*>(published_.data());
-  kernels::cuda::publish_tokens(
-      {step.wanted_count, tokens, input_->device_number(), reinterpret_cast<int32_t*>(host_number + 1), host_number},
-      rank_.streams[0]);
+  auto* const published = reinterpret_cast<Published*>(published_.data());
+  kernels::cuda::publish_tokens({step.wanted_count, tokens, input_->device_number(), input_->device_begin(),
+                                 published_tokens(published), published->times, &published->number},
+                                rank_.streams[0]);
   return cuda_check(cudaPeekAtLastError(), "publishing tokens");
 }
 
 Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   const auto [known, first_use] = graphs_.try_emplace(key);
   if (first_use || known->second.get()) return known->second.get();
+  TS_ASSIGN_OR_RETURN(known->second, capture([&] { return enqueue_step(key); }));
+  return known->second.get();
+}
+
+Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>& enqueue_all) {
   const cudaStream_t stream = rank_.streams[0];
   TS_RETURN_IF_ERROR(cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capturing a step"));
-  const Status enqueued = enqueue(key, {});
+  const Status enqueued = enqueue_all();
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
   const CudaOwner<cudaGraph_t, cudaGraphDestroy> owner(graph);
@@ -167,8 +179,13 @@ Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   TS_RETURN_IF_ERROR(cuda_check(ended, "capturing a step"));
   cudaGraphExec_t executable = nullptr;
   TS_RETURN_IF_ERROR(cuda_check(cudaGraphInstantiate(&executable, graph, 0), "instantiating a step's graph"));
-  known->second = GraphExec(executable);
-  return executable;
+  return GraphExec(executable);
+}
+
+CudaRunner::StepTimes CudaRunner::last_step_times() const {
+  const auto* const published = reinterpret_cast<const Published*>(published_.data());
+  if (published->number != number_ || in_flight_) return {};
+  return {published->times[0], published->times[1]};
 }
 
 // Sends the logits of these of wanted_ to their places in logits_; `first` is the first one of the group in the arena.
@@ -195,7 +212,7 @@ Status CudaRunner::wait(std::vector<SequenceResult>* results) {
 }
 
 Status CudaRunner::wait_for_tokens() {
-  const volatile uint64_t* number = reinterpret_cast<const volatile uint64_t*>(published_.data());
+  const volatile uint64_t* number = &reinterpret_cast<const Published*>(published_.data())->number;
   for (int polls = 0; *number != number_; ++polls) {
     if (polls % kPollsPerQuery != kPollsPerQuery - 1) continue;
     const cudaError_t state = cudaStreamQuery(rank_.streams[0]);
@@ -207,7 +224,7 @@ Status CudaRunner::wait_for_tokens() {
     }
   }
   std::atomic_thread_fence(std::memory_order_acquire);
-  const int32_t* tokens = reinterpret_cast<const int32_t*>(published_.data() + sizeof(uint64_t));
+  const int32_t* tokens = published_tokens(reinterpret_cast<Published*>(published_.data()));
   auto host_row = host_rows_.begin();
   for (size_t i = 0; i < wanted_.size(); ++i) {
     if (host_row != host_rows_.end() && *host_row == static_cast<int32_t>(i)) {

@@ -48,14 +48,10 @@ struct CudaRunnerOptions {
   bool debug_sync = false;  // wait after every launch: slow, but a fault of the device names its operation
   // Told once, on the thread that runs steps, when the device has failed; every request will fail from then on.
   std::function<void(const Status&)> on_fault;
-  int32_t fault_after_launch = -1;  // tests only: this launch of a step without graphs is followed by one that faults
+  // Tests only: this launch of that step (from 1 on) is followed by one that faults on the same weight.
+  int32_t fault_after_launch = -1;
+  uint64_t fault_in_step = 1;
   compile::PassOptions passes;
-};
-
-// One launch of a step, or the launches of one operation.
-struct LaunchTime {
-  std::vector<OperationPart> parts;  // of the Program; empty: sampling
-  double seconds = 0;
 };
 
 class CudaRunner : public Runner {
@@ -76,6 +72,19 @@ class CudaRunner : public Runner {
   // nothing overlaps: the times add up to more than a step's. Greedy steps of at most max_sequences wanted rows.
   Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
                                           std::vector<SequenceResult>* results);
+  // Times each kind of launch alone: those of all layers one after the other in a graph, as in a step (weights of one
+  // are fetched while the one before ends), with the operands that a real step leaves for the first of them; medians
+  // over `rounds` rounds of all kinds, so that no kind finds its weights in a cache. Steps that profile() takes and
+  // that have run before. The sequences' caches are spoiled afterwards.
+  Result<std::vector<LaunchTime>> time_kinds(std::span<const SequenceStep> sequences, int32_t rounds);
+
+  // When the GPU began the last step and had its tokens, by its own clock in ns; both 0 before the first and after one
+  // of more rows than the head takes at once.
+  struct StepTimes {
+    uint64_t begin = 0;
+    uint64_t end = 0;
+  };
+  StepTimes last_step_times() const;
 
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
@@ -87,7 +96,7 @@ class CudaRunner : public Runner {
   struct GraphKey {
     int32_t sequences;
     int32_t tokens;
-    int64_t max_context;
+    int64_t max_context;  // 0: not a step of the DecodePlan, whose kernels alone depend on it
     bool draws;
     auto operator<=>(const GraphKey&) const = default;
   };
@@ -98,19 +107,31 @@ class CudaRunner : public Runner {
   Status allocate(const CudaRunnerOptions& options);
   Status warm_up();
   bool runs_fused(int32_t tokens) const { return !decode_.empty() && tokens <= kernels::cuda::kDecodeTokens; }
+  bool runs_planned(int32_t sequences, int32_t tokens, int64_t max_context) const {
+    return runs_fused(tokens) || (!decode_.empty() && decode_.takes_batch(sequences, tokens, max_context));
+  }
   Result<GraphKey> begin(std::span<const SequenceStep> sequences);
   Status run(const GraphKey& key);
   int64_t context_class(std::span<const SequenceStep> sequences) const;
   Status enqueue(const GraphKey& key, const LaunchObserver& observe);
   Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
+  Status enqueue_step(const GraphKey& key);  // with what debug_sync and tests of faults want
   Status enqueue_checked(const GraphKey& key);
   // Captures at the second use of a key: the first runs singly and loads what its kernels need. Null: not captured yet.
   Result<cudaGraphExec_t> graph_of(const GraphKey& key);
+  // What enqueue_all puts on stream 0.
+  Result<GraphExec> capture(const std::function<Status()>& enqueue_all);
+  Result<GraphKey> begin_measured(std::span<const SequenceStep> sequences);
+  struct LaunchKind;
+  Result<std::vector<LaunchKind>> list_kinds(const GraphKey& key);
+  Status capture_kind(const GraphKey& key, LaunchKind* kind);
   Status fetch_logits(std::span<const int32_t> indices, int64_t first);
   Status wait_for_tokens();
   Status finish_groups();
   void finish_rows(std::span<const int32_t> indices, int64_t first);
   std::string describe_step() const;
+  std::string describe_faulted_launches() const;
+  void launch_fault(int32_t operation);
   // The device's faults are remembered; other errors belong to the step.
   Status note_fault(Status status);
 
@@ -126,7 +147,7 @@ class CudaRunner : public Runner {
   CudaRank rank_;
   std::optional<StepBatch> batch_;
   std::optional<StepInput> input_;
-  PinnedMemory published_;  // step number, then tokens
+  PinnedMemory published_;  // step number, its times, then tokens
   PinnedMemory logits_;     // one group of rows
   std::unique_ptr<ThreadPool> pool_;
   std::map<GraphKey, GraphExec> graphs_;

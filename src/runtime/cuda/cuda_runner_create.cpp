@@ -4,20 +4,16 @@
 #include <utility>
 
 #include "base/log.h"
+#include "compile/cost.h"
 #include "kernels/cuda/decode.h"
 #include "runtime/cuda/cuda_runner.h"
+#include "runtime/gpu_support.h"
 
 namespace tokenspeed::runtime {
 namespace {
 
 constexpr int32_t kLogitRows = 64;
 constexpr int32_t kWarmUpTokens = 64;
-
-std::string gigabytes(int64_t bytes) {
-  char text[32];
-  snprintf(text, sizeof(text), "%.2f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
-}
 
 Status check_positive(const char* what, int64_t value) {
   if (value > 0) return {};
@@ -29,9 +25,9 @@ Status check_options(const CudaRunnerOptions& options) {
     return invalid_argument(std::string("the CUDA runner has no ") + std::string(dtype_name(options.weights)) +
                             " weights; choose bfloat16 or float8_e4m3");
   }
-  if (options.kv != DType::kBFloat16) {
+  if (options.kv != DType::kBFloat16 && options.kv != DType::kFloat8E4M3) {
     return unimplemented(std::string("the CUDA runner has no ") + std::string(dtype_name(options.kv)) +
-                         " KV cache; choose bfloat16");
+                         " KV cache; choose bfloat16 or float8_e4m3");
   }
   TS_RETURN_IF_ERROR(check_positive("the tokens of a step", options.max_step_tokens));
   TS_RETURN_IF_ERROR(check_positive("the sequences of a step", options.max_sequences));
@@ -45,24 +41,6 @@ Status check_options(const CudaRunnerOptions& options) {
                             std::to_string(options.memory_fraction));
   }
   return {};
-}
-
-int64_t weight_bytes(const compile::Program& program) {
-  int64_t bytes = 0;
-  for (const compile::ProgramWeight& weight : program.weights) bytes += weight.bytes();
-  return bytes;
-}
-
-// Before anything is loaded: an answer in milliseconds instead of a failed allocation after minutes.
-Status check_weights_fit(const compile::Program& program, const Device& device, const CudaRunnerOptions& options) {
-  const int64_t bytes = weight_bytes(program);
-  const int64_t usable = static_cast<int64_t>(static_cast<double>(device.free_bytes) * options.memory_fraction);
-  if (bytes < usable) return {};
-  const int64_t ranks = (bytes + usable - 1) / std::max<int64_t>(1, usable);
-  return resource_exhausted("model '" + program.name + "' has " + gigabytes(bytes) + " of weights, GPU " +
-                            std::to_string(device.ordinal) + " (" + device.name + ") has " + gigabytes(usable) +
-                            " to give; use " + (options.weights == DType::kFloat8E4M3 ? "" : "FP8 weights, ") +
-                            "a larger GPU, or --tp " + std::to_string(2 * ranks));
 }
 
 }  // namespace
@@ -91,8 +69,15 @@ Status CudaRunner::load(const compile::ModelGraph& graph, const compile::WeightS
   compiled.passes = options.passes;
   TS_ASSIGN_OR_RETURN(compile::Program program, compile::compile_program(graph.body, compiled));
   TS_RETURN_IF_ERROR(CudaProgram::check(program, options.rank_only));
-  TS_RETURN_IF_ERROR(check_weights_fit(program, device_, options));
   const compile::Program* pointer = &program;
+  // Before anything is loaded: an answer in milliseconds instead of a failed allocation after minutes.
+  TS_RETURN_IF_ERROR(check_weights_fit(
+      {.model = program.name,
+       .gpu = "GPU " + std::to_string(device_.ordinal) + " (" + device_.name + ")",
+       .bytes = compile::weight_memory({&pointer, 1}),
+       .usable = static_cast<int64_t>(static_cast<double>(device_.free_bytes) * options.memory_fraction),
+       .is_fp8 = options.weights == DType::kFloat8E4M3,
+       .ranks = program.mesh.size(compile::Axis::kTensor)}));
   TS_ASSIGN_OR_RETURN(weights_, CudaWeights::load({&pointer, 1}, source, options.load_threads));
   body_ = CudaProgram(std::move(program), weights_);
   return {};
@@ -143,7 +128,7 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
   TS_ASSIGN_OR_RETURN(
       sample_workspace_,
       DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
-  TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(8 + program.logit_rows * 4, "tokens"));
+  TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(3 * 8 + program.logit_rows * 4, "tokens"));
   if (options.fused_decode) {
     TS_ASSIGN_OR_RETURN(decode_, DecodePlan::build(body_, std::max(options.max_model_length, 1024)));
   }
@@ -157,15 +142,13 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
     const int64_t budget = options.kv_bytes ? options.kv_bytes : left;
     pages = std::min(pages_of_one * options.max_sequences, std::max<int64_t>(0, budget) / page_bytes);
   }
-  if (pages < pages_of_one) {
-    return resource_exhausted("after weights, activations and " + std::to_string(capacity_.state_slots) +
-                              " state slots (" + gigabytes(capacity_.state_slots * program.state.bytes_per_slot) +
-                              ") the GPU has room for " + std::to_string(pages * options.page_size) +
-                              " KV positions, fewer than one sequence of --max-model-len " +
-                              std::to_string(options.max_model_length) + " (" + gigabytes(pages_of_one * page_bytes) +
-                              "); lower --max-model-len to at most " + std::to_string(pages * options.page_size) +
-                              ", lower --max-num-seqs, use FP8 weights, or more GPUs");
-  }
+  TS_RETURN_IF_ERROR(check_kv_fits({.pages = pages,
+                                    .page_size = options.page_size,
+                                    .page_bytes = page_bytes,
+                                    .max_model_length = options.max_model_length,
+                                    .state_slots = capacity_.state_slots,
+                                    .state_bytes = capacity_.state_slots * program.state.bytes_per_slot,
+                                    .is_fp8 = options.weights == DType::kFloat8E4M3}));
   capacity_.pages = static_cast<int32_t>(std::min<int64_t>(pages, INT32_MAX));
   TS_ASSIGN_OR_RETURN(caches_, CudaCaches::allocate(program.kv, program.state, capacity_.pages, capacity_.page_size,
                                                     capacity_.state_slots));
@@ -176,7 +159,7 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
   batch_.emplace(capacity_);
   TS_ASSIGN_OR_RETURN(input_, StepInput::allocate(capacity_));
   options_ = options;
-  options_.graphs = options.graphs && !options.debug_sync && options.fault_after_launch < 0;
+  options_.graphs = options.graphs && !options.debug_sync;
   pool_ = std::make_unique<ThreadPool>();
   TS_ASSIGN_OR_RETURN(
       logits_, PinnedMemory::allocate(program.logit_rows * body_.rows(rank_, program.logits).stride * 4, "logits"));

@@ -19,6 +19,8 @@ namespace cuda = kernels::cuda;
 // Gate and up of an expert are as large as each other and as down.
 constexpr double kGateUpShare = 2.0 / 3;
 
+constexpr int64_t kBatchContext = 32768;  // that kBatchTokens sequences may always have
+
 // Walks the operations in order and replaces what belongs together by one call.
 class DecodePlanBuilder {
  public:
@@ -49,25 +51,43 @@ class DecodePlanBuilder {
       bytes += (size + 255) / 256 * 256;
       return at;
     };
-    int64_t h_columns = 0, attention = 0, gates = 0;
+    int64_t h_columns = 0, attention = 0, gates = 0, batch_experts = 0, widest = 0;
+    const int64_t hidden = program_.program().hidden_size;
+    plan_.batches_ = true;
     for (const Operation& op : operations_) {
-      if (op.kind == OpKind::kExperts)
-        h_columns = std::max(h_columns, (op.attributes.top_k + 1) * std::max(op.attributes.width, shared_width(op)));
+      if (op.kind == OpKind::kExperts) {
+        const compile::Attributes& a = op.attributes;
+        h_columns = std::max(h_columns, (a.top_k + 1) * std::max(a.width, shared_width(op)));
+        batch_experts =
+            std::max(batch_experts, cuda::batch_experts_workspace_bytes(cuda::kBatchTokens, a.experts, a.top_k, hidden,
+                                                                        a.width, shared_width(op)));
+      }
       if (op.kind == OpKind::kAttention) {
-        attention = std::max(
-            attention, cuda::decode_attention_workspace_bytes(attention_shape(op), cuda::kDecodeTokens, max_context_));
+        const kernels::AttentionShape shape = attention_shape(op);
+        plan_.attention_shape_ = shape;
+        const auto bytes_of = [&](int64_t tokens, int64_t context) {
+          return cuda::decode_attention_workspace_bytes(shape, tokens, context);
+        };
+        attention = std::max({attention, bytes_of(cuda::kDecodeTokens, max_context_),
+                              bytes_of(cuda::kBatchTokens, std::min(max_context_, kBatchContext))});
       }
       if (op.kind == OpKind::kSharedExpertCombine) ++gates;
+      if (op.kind == OpKind::kLinear) widest = std::max(widest, program_.program().values[op.inputs[0]].columns);
     }
-    const int64_t logits = take(cuda::kDecodeTokens * cuda::kDecodeExperts * 4);
-    const int64_t gate_logits = take(cuda::kDecodeTokens * 8 * 4);
+    plan_.attention_bytes_ = attention;
+    const int64_t logits = take(cuda::kBatchTokens * cuda::kDecodeExperts * 4);
+    const int64_t gate_logits = take(cuda::kBatchTokens * 8 * 4);
     const int64_t h = take(cuda::kDecodeTokens * h_columns * 2);
     const int64_t attention_at = take(attention);
-    const int64_t gate_weights = take(gates * program_.program().hidden_size * 2);
+    const int64_t gate_weights = take(gates * hidden * 2);
+    const int64_t normed = take(cuda::kBatchTokens * hidden * 2);
+    const int64_t split = take(cuda::batch_split_bytes(cuda::kBatchTokens, widest));
+    const int64_t experts = take(batch_experts);
     TS_ASSIGN_OR_RETURN(plan_.scratch_, DeviceMemory::allocate(bytes, "decoding"));
     std::byte* base = plan_.scratch_.data();
     router_logits_ = reinterpret_cast<float*>(base + logits);
     gate_logits_ = reinterpret_cast<float*>(base + gate_logits);
+    plan_.batch_ = {base + normed, base + split, base + experts};
     h_ = base + h;
     attention_workspace_ = base + attention_at;
     next_gate_ = base + gate_weights;
@@ -327,6 +347,13 @@ class DecodePlanBuilder {
     const int64_t hidden = program_.program().hidden_size;
     const kernels::Matrix shared_up = program_.weight(operations_[up_index], 0).matrix;
     const kernels::Matrix shared_down = program_.weight(operations_[down_index], 0).matrix;
+    cuda::DecodeGateUp sizes;
+    sizes.hidden = hidden;
+    sizes.width = a.width;
+    sizes.routed = routed;
+    sizes.shared_gate_up = shared_up;
+    sizes.shared_width = shared;
+    plan_.batches_ = plan_.batches_ && BatchPhases::takes(sizes);
     push({{experts_index, kGateUpShare}, {up_index}, {swiglu_index}},
          [program = &program_, norm_op, routed, shared_up, shared, hidden, width = a.width, h = h_](const Context& c) {
            cuda::DecodeGateUp args;
@@ -371,6 +398,12 @@ class DecodePlanBuilder {
   std::byte* next_gate_ = nullptr;
 };
 
+bool DecodePlan::takes_batch(int32_t sequences, int32_t tokens, int64_t max_context) const {
+  if (!batches_ || sequences != tokens || tokens > cuda::kBatchTokens) return false;
+  return !attention_shape_ ||
+         cuda::decode_attention_workspace_bytes(*attention_shape_, tokens, max_context) <= attention_bytes_;
+}
+
 Result<DecodePlan> DecodePlan::build(const CudaProgram& program, int64_t max_context) {
   return DecodePlanBuilder(program, max_context).build();
 }
@@ -392,9 +425,18 @@ Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t 
                             const LaunchObserver& observe) const {
   const Context context = {rank, step, max_context};
   const cuda::Launch launch = {.stream = rank.streams[0]};
+  const bool few = step.batch.tokens <= cuda::kDecodeTokens;
+  BatchPhases batch(rank, batch_);
   for (const Call& call : calls_) {
-    if (observe) TS_RETURN_IF_ERROR(observe(call.parts));
-    Status status = call.phase ? std::visit(LaunchPhase{launch}, call.phase(context)) : call.run(context);
+    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, call.parts));
+    if (!launched) continue;
+    Status status;
+    if (!call.phase) {
+      status = batch.finish();
+      if (status.ok()) status = call.run(context);
+    } else {
+      status = few ? std::visit(LaunchPhase{launch}, call.phase(context)) : std::visit(batch, call.phase(context));
+    }
     if (status.ok()) continue;
     return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
   }
@@ -405,10 +447,9 @@ Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const La
   const compile::Program& program = program_->program();
   for (int32_t i = program.head_begin; i < static_cast<int32_t>(program.operations.size()); ++i) {
     const Operation& op = program.operations[i];
-    if (observe) {
-      const OperationPart part = {.operation = i};
-      TS_RETURN_IF_ERROR(observe({&part, 1}));
-    }
+    const OperationPart part = {.operation = i};
+    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, {&part, 1}));
+    if (!launched) continue;
     if (op.kind != OpKind::kLinear) {
       TS_RETURN_IF_ERROR(call_operation(*program_, rank, step, i));
       continue;

@@ -1,13 +1,16 @@
 // A Program of the family as fused calls for steps of at most kDecodeTokens rows (kernels/cuda/decode.h): five or six
-// launches per layer. The residual stream stays in its place in the arena and every branch is added to it there.
+// launches per layer; or of up to kBatchTokens sequences of one token each (kernels/cuda/batch.h). The residual stream
+// stays in its place in the arena and every branch is added to it there.
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <variant>
 #include <vector>
 
 #include "compile/program.h"
 #include "kernels/cuda/decode.h"
+#include "runtime/cuda/batch_phases.h"
 #include "runtime/cuda/cuda_program.h"
 
 namespace tokenspeed::runtime {
@@ -19,9 +22,14 @@ class DecodePlan {
   static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
   bool empty() const { return calls_.empty(); }
 
-  // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, and as many wanted ones.
+  // Whether a step of more than kDecodeTokens rows can be run: one token of each sequence, and contexts for which there
+  // is workspace (8 times shorter ones with 64 sequences than with 8, but never below 32,768).
+  bool takes_batch(int32_t sequences, int32_t tokens, int64_t max_context) const;
+
+  // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, or a step that takes_batch() allows.
   Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
                   const LaunchObserver& observe = {}) const;
+  // At most kDecodeTokens wanted rows.
   Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
 
  private:
@@ -42,6 +50,10 @@ class DecodePlan {
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
+  BatchScratch batch_;    // in scratch_
+  bool batches_ = false;
+  std::optional<kernels::AttentionShape> attention_shape_;
+  int64_t attention_bytes_ = 0;
 };
 
 }  // namespace tokenspeed::runtime

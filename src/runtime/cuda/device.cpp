@@ -5,20 +5,13 @@
 #include <cstring>
 
 #include "kernels/cuda/cublas_library.h"
+#include "runtime/gpu_support.h"
 
 namespace tokenspeed::runtime {
 namespace {
 
-constexpr int kLeastComputeMajor = 9;
-
 std::atomic<int32_t> allocations_until_failure{-1};
 bool fails_in_test() { return allocations_until_failure >= 0 && allocations_until_failure-- == 0; }
-
-std::string gigabytes(int64_t bytes) {
-  char text[32];
-  snprintf(text, sizeof(text), "%.2f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
-}
 
 }  // namespace
 
@@ -34,11 +27,7 @@ Result<Device> open_device(int32_t ordinal) {
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
-    if (driver == 0) return failed_precondition("this machine has no NVIDIA driver; run with --device cpu");
-    return failed_precondition(
-        "the NVIDIA driver supports CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
-        ", this program needs CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
-        std::to_string(CUDART_VERSION % 1000 / 10) + "; update the driver, or run with --device cpu");
+    TS_RETURN_IF_ERROR(check_driver(driver, CUDART_VERSION));
   }
   if (error != cudaSuccess || count == 0) {
     return failed_precondition(std::string("no NVIDIA GPU was found (") + cudaGetErrorString(error) +
@@ -50,11 +39,7 @@ Result<Device> open_device(int32_t ordinal) {
   }
   cudaDeviceProp properties = {};
   TS_RETURN_IF_ERROR(cuda_check(cudaGetDeviceProperties(&properties, ordinal), "reading the GPU's properties"));
-  if (properties.major < kLeastComputeMajor) {
-    return failed_precondition("GPU " + std::to_string(ordinal) + " (" + properties.name + ") has compute capability " +
-                               std::to_string(properties.major) + "." + std::to_string(properties.minor) +
-                               "; the kernels need 9.0 (Hopper). Use another GPU, or run with --device cpu");
-  }
+  TS_RETURN_IF_ERROR(check_capability(ordinal, properties.name, properties.major, properties.minor));
   TS_RETURN_IF_ERROR(kernels::cuda::find_cublas());
   TS_RETURN_IF_ERROR(cuda_check(cudaSetDevice(ordinal), "choosing the GPU"));
   return Device{ordinal, properties.name, properties.multiProcessorCount,

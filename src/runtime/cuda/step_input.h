@@ -29,6 +29,8 @@ class StepInput {
   // Device pointers for a step of these sizes.
   CudaStep step(int32_t sequences, int32_t tokens, int32_t wanted) const;
   const uint64_t* device_number() const { return at<const uint64_t>(device_.data(), 0); }
+  // When the GPU began the step, by its clock in ns.
+  const uint64_t* device_begin() const { return at<const uint64_t>(begin_.data(), 0); }
   const kernels::cuda::DecodeSampleRow* device_sampling() const {
     return at<const kernels::cuda::DecodeSampleRow>(device_.data(), layout_.sampling);
   }
@@ -51,7 +53,7 @@ class StepInput {
   PinnedMemory host_;
   PinnedMemory table_mirror_;  // what the device's page table holds
   DeviceMemory device_;
-  DeviceMemory position_, sequence_, table_;
+  DeviceMemory position_, sequence_, table_, begin_;
   int64_t used_bytes_ = 0;
   struct Range {
     int64_t begin, size;

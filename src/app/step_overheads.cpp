@@ -1,0 +1,53 @@
+#include "app/step_overheads.h"
+
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+
+#include "app/bench.h"
+#include "app/device.h"
+
+namespace tokenspeed::app {
+namespace {
+
+using Steps = std::span<const runtime::SequenceStep>;
+using Results = std::vector<runtime::SequenceResult>*;
+
+double thread_seconds() {
+  timespec time = {};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
+
+}  // namespace
+
+BenchBatch::RunStep StepOverheads::noting_gaps() {
+  return [this](Steps steps, Results results) -> Status {
+    TS_RETURN_IF_ERROR(runner_->submit(steps));
+    TS_RETURN_IF_ERROR(runner_->wait(results));
+    TS_ASSIGN_OR_RETURN(const auto times, gpu_step_times(*runner_));
+    if (last_end_ != 0) gaps_.push_back(static_cast<double>(times.first - last_end_) * 1e-9);
+    last_end_ = times.second;
+    return {};
+  };
+}
+
+BenchBatch::RunStep StepOverheads::noting_host_time(double step_seconds) {
+  return [this, step_seconds](Steps steps, Results results) -> Status {
+    const double begin = thread_seconds();
+    TS_RETURN_IF_ERROR(runner_->submit(steps));
+    const double submitted = thread_seconds();
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * step_seconds);
+    while (std::chrono::steady_clock::now() < end) {
+    }
+    const double ended = thread_seconds();
+    TS_RETURN_IF_ERROR(runner_->wait(results));
+    host_.push_back(submitted - begin + thread_seconds() - ended);
+    return {};
+  };
+}
+
+double StepOverheads::gap() const { return gaps_.empty() ? 0 : median(gaps_); }
+double StepOverheads::host() const { return host_.empty() ? 0 : median(host_); }
+
+}  // namespace tokenspeed::app

@@ -1,0 +1,304 @@
+// What decode_attention's parts share: sizes, parameters, the memory of a block, and the products of one run of keys on
+// the tensor cores.
+//
+// Keys and values lie in shared memory as in their pages: bfloat16, or FP8 which is converted to float16 (exactly) when
+// the operands are formed. Keys and dims are the rows of the products and the rows of queries (token, head of the
+// group) their columns, eight at a time, so that the eight heads of a group leave nothing idle.
+#pragma once
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/decode.h"
+#include "kernels/cuda/fp8_pages.cuh"
+
+namespace tokenspeed::kernels::cuda::decode_attention_parts {
+
+constexpr int kHeadDim = 256;
+constexpr int kSegment = kDecodeKeySegment;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kMaxGroup = 16;
+constexpr int kRotaryPairs = 32;
+constexpr int kQueryBytes = kHeadDim * 2;
+
+struct AttentionParameters {
+  SequenceBatch batch;
+  KvPages pages;
+  const bf16* q_gate;
+  int64_t q_gate_stride;
+  const bf16* key;
+  int64_t key_stride;
+  const bf16* value;
+  int64_t value_stride;
+  const float* query_norm;
+  const float* key_norm;
+  float epsilon;
+  float scale;  // of scores to powers of two
+  int group;
+  int query_heads;
+  bf16* out;
+  int64_t out_stride;
+  int32_t* counters;     // [sequence][KV head][2], zero between launches
+  float* partial;        // [segment][T][query head][kHeadDim]
+  float2* greatest_sum;  // [segment][T][query head] m and l
+  int mergers;           // at most so many blocks add the segments of a sequence and KV head
+  float frequencies[kRotaryPairs];
+};
+
+// kTiles * 8 rows (token, head of the group). Where a launch has few blocks, each takes a whole multiprocessor's memory
+// for more copies in flight.
+template <bool kFp8, int kTiles, bool kDeep>
+struct AttentionShared {
+  static constexpr bool kIsFp8 = kFp8;
+  static constexpr int kRowTiles = kTiles;
+  static constexpr int kKeys = kFp8 ? 128 : 64;  // of a slot
+  static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
+  static constexpr bool kManyRows = kTiles > 8;  // for which memory is short
+  static constexpr int kSlots = kManyRows ? 2 : kDeep ? 6 : 3;
+  // A warp multiplies 16 keys; where there are fewer such runs than warps, each takes a part of the dims.
+  static constexpr int kRuns = kKeys / 16;
+  static constexpr int kParts = kWarps / kRuns;
+  // Rows are so far apart that the operands' loads and stores meet no bank twice.
+  static constexpr int kScorePitch = kKeys + 4;
+  static constexpr int kProbabilityPitch = kManyRows ? kScorePitch * 4 : kKeys * 2 + (kFp8 ? 32 : 16);
+  static_assert(kSegment % kKeys == 0);
+
+  alignas(128) uint8_t ring[kSlots][kKeys * kRowBytes];
+  alignas(128) uint8_t query[kTiles * 8 * kQueryBytes];
+  alignas(16) uint8_t own_probabilities[kManyRows ? 16 : kTiles * 8 * kProbabilityPitch];
+  union {
+    alignas(16) float scores[kParts][kTiles * 8][kScorePitch];
+    float2 turns[kDecodeTokens][kRotaryPairs];  // cosine, sine; before the first scores
+  };
+  float shrink[kTiles * 8];
+  float2 greatest_sum[kTiles * 8];
+  alignas(16) uint32_t offset[kSegment];  // of each older token's key or value in its pages, in 16 bytes
+  int ticket;
+
+  // A row's take its scores' place where memory is short.
+  __device__ uint8_t* probabilities() { return kManyRows ? reinterpret_cast<uint8_t*>(scores) : own_probabilities; }
+};
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Where 16-byte chunk `chunk` of key `row` lies in its slot, so that the operands' loads meet no bank twice.
+template <bool kFp8, bool kIsKey>
+__device__ __forceinline__ uint32_t slot_offset(int row, int chunk) {
+  if constexpr (!kFp8) return swizzled<kHeadDim * 2>(row, chunk);
+  return row * kHeadDim + ((kIsKey ? chunk ^ (row & 1) * 4 : chunk ^ (row / 4 & 3) * 2) << 4);
+}
+
+__device__ __forceinline__ void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// This lane's operands of 8 rows of queries: all k of its warp's part of the dims.
+template <typename Shared>
+struct QueryOperand {
+  static constexpr bool kFp8 = Shared::kIsFp8;
+  static constexpr int kSteps = kHeadDim / 16 / Shared::kParts;
+  uint32_t b[kSteps][2];
+
+  __device__ __forceinline__ void load(const Shared& s, int tile) {
+    const int lane = threadIdx.x % kWarp;
+    const int part = static_cast<int>(threadIdx.x) / kWarp / Shared::kRuns;
+    if constexpr (kFp8) {
+      static_assert(Shared::kParts == 1);
+#pragma unroll
+      for (int i = 0; i < kSteps / 2; ++i) {
+        const int chunk = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const uint4 q = *reinterpret_cast<const uint4*>(s.query + swizzled<kQueryBytes>(tile * 8 + lane / 4, chunk));
+        b[2 * i][0] = q.x;
+        b[2 * i][1] = q.y;
+        b[2 * i + 1][0] = q.z;
+        b[2 * i + 1][1] = q.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSteps / 2; ++i) {
+        uint32_t q[4];
+        load_matrices(q, shared_address(s.query) +
+                             swizzled<kQueryBytes>(tile * 8 + lane % 8, (part * kSteps + 2 * i) * 2 + lane / 8));
+        b[2 * i][0] = q[0];
+        b[2 * i][1] = q[1];
+        b[2 * i + 1][0] = q[2];
+        b[2 * i + 1][1] = q[3];
+      }
+    }
+  }
+};
+
+// Sums over dims in kChains orders side by side.
+constexpr int kChains = 4;
+
+// score += k . q of this warp's 16 keys and 8 rows of queries. FP8: lane (key, c) takes 16 dims of a key at once, 64 i
+// + 16 c and on; a step multiplies four neighbouring dims of each such run.
+template <typename Shared, int kAtOnce>
+__device__ __forceinline__ void multiply_keys(float (&score)[kAtOnce][kChains][4], const uint8_t* keys,
+                                              const QueryOperand<Shared> (&query)[kAtOnce]) {
+  constexpr bool kFp8 = Shared::kIsFp8;
+  constexpr int kSteps = QueryOperand<Shared>::kSteps;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int row = warp % Shared::kRuns * 16;
+  if constexpr (kFp8) {
+    uint4 raw[kSteps / 4][2];
+#pragma unroll
+    for (int i = 0; i < kSteps / 4; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        raw[i][half] = *reinterpret_cast<const uint4*>(
+            keys + slot_offset<true, true>(row + half * 8 + lane / 4, i * 4 + lane % 4));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps / 4; ++i) {
+      const uint32_t low[4] = {raw[i][0].x, raw[i][0].y, raw[i][0].z, raw[i][0].w};
+      const uint32_t high[4] = {raw[i][1].x, raw[i][1].y, raw[i][1].z, raw[i][1].w};
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint32_t a[4] = {half_pair(low[step], false), half_pair(high[step], false), half_pair(low[step], true),
+                               half_pair(high[step], true)};
+#pragma unroll
+        for (int tile = 0; tile < kAtOnce; ++tile) {
+          const uint32_t(&b)[2] = query[tile].b[i * 4 + step];
+          multiply_add_half(score[tile][step % kChains], a, b[0], b[1]);
+        }
+      }
+    }
+  } else {
+    const int first_chunk = warp / Shared::kRuns * kSteps * 2;
+    uint32_t a[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      load_matrices(a[step], shared_address(keys) +
+                                 slot_offset<false, true>(row + lane % 16, first_chunk + step * 2 + lane / 16));
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int tile = 0; tile < kAtOnce; ++tile) {
+        const uint32_t(&b)[2] = query[tile].b[step];
+        multiply_add(score[tile][step % kChains], a[step], b[0], b[1]);
+      }
+    }
+  }
+}
+
+// o += V^T P^T of this warp's 32 dims and all rows. FP8: lane (n, c) takes dims 4 n .. 4 n + 3 of keys 4 c .. 4 c + 3
+// of every 16; the products' rows n and n + 8 are dims 4 n + 2 u and 4 n + 2 u + 1.
+template <typename Shared>
+__device__ __forceinline__ void multiply_values(float (&o)[Shared::kRowTiles][2][4], Shared& s, const uint8_t* values) {
+  constexpr bool kFp8 = Shared::kIsFp8;
+  constexpr int kTiles = Shared::kRowTiles;
+  constexpr int kPitch = Shared::kProbabilityPitch;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int n = lane / 4;
+  const int c = lane % 4;
+#pragma unroll
+  for (int i = 0; i < Shared::kKeys / 32; ++i) {  // two steps of 16 keys
+    uint32_t a[2][2][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const int row = i * 32 + step * 16;
+      if constexpr (kFp8) {
+        uint32_t word[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          word[k] = *reinterpret_cast<const uint32_t*>(
+              values + slot_offset<true, false>(row + c * 4 + k, warp * 2 + n / 4) + n % 4 * 4);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t low = __byte_perm(word[2 * half], word[2 * half + 1], 0x5140);
+          const uint32_t high = __byte_perm(word[2 * half], word[2 * half + 1], 0x7362);
+          a[step][0][2 * half] = half_pair(low, false);
+          a[step][0][2 * half + 1] = half_pair(low, true);
+          a[step][1][2 * half] = half_pair(high, false);
+          a[step][1][2 * half + 1] = half_pair(high, true);
+        }
+      } else {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          load_matrices_transposed(a[step][u],
+                                   shared_address(values) + slot_offset<false, false>(row + lane / 16 * 8 + lane % 8,
+                                                                                      warp * 4 + u * 2 + lane / 8 % 2));
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t b[2][2];
+      if constexpr (kFp8) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const uint2 p = *reinterpret_cast<const uint2*>(s.probabilities() + (tile * 8 + n) * kPitch +
+                                                          (i * 32 + step * 16 + c * 4) * 2);
+          b[step][0] = p.x;
+          b[step][1] = p.y;
+        }
+      } else {
+        uint32_t p[4];
+        load_matrices(p, shared_address(s.probabilities()) + (tile * 8 + lane % 8) * kPitch + (i * 4 + lane / 8) * 16);
+        b[0][0] = p[0];
+        b[0][1] = p[1];
+        b[1][0] = p[2];
+        b[1][1] = p[3];
+      }
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          if constexpr (kFp8) {
+            multiply_add_half(o[tile][u], a[step][u], b[step][0], b[step][1]);
+          } else {
+            multiply_add(o[tile][u], a[step][u], b[step][0], b[step][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The dim of sums o[.][u][column of two + 2 * half] of this lane.
+template <bool kFp8>
+__device__ __forceinline__ int dim_of(int u, int half) {
+  const int begin = static_cast<int>(threadIdx.x) / kWarp * 32;
+  const int n = threadIdx.x % kWarp / 4;
+  return kFp8 ? begin + n * 4 + u * 2 + half : begin + u * 16 + half * 8 + n;
+}
+
+// Eight dims per lane of a head: zero-centred norm over 256, then the rotation of the first 64 dims (dim i and i + 32
+// are four lanes apart), rounded once.
+__device__ __forceinline__ uint4 norm_and_turn(const uint4& raw, const float* weight, float epsilon,
+                                               const float2* turn) {
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  float v[8];
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = bf16_low(words[i]);
+    v[2 * i + 1] = bf16_high(words[i]);
+    squares += v[2 * i] * v[2 * i] + v[2 * i + 1] * v[2 * i + 1];
+  }
+  const float inverse = rsqrtf(warp_sum(squares) / kHeadDim + epsilon);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= inverse * (1.0f + weight[i]);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float other = __shfl_xor_sync(~0u, v[i], 4);
+    if (lane >= 8) continue;
+    const float2 angle = turn[lane % 4 * 8 + i];
+    v[i] = lane < 4 ? v[i] * angle.x - other * angle.y : v[i] * angle.x + other * angle.y;
+  }
+  return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+}
+
+}  // namespace tokenspeed::kernels::cuda::decode_attention_parts
