@@ -32,7 +32,7 @@ constexpr int64_t kMaxHeadDim = 256;
 
 void write_page_row(const KvPages& pages, void* to, int64_t index, Elements from, int64_t head_dim) {
   if (pages.dtype == DType::kFloat8E4M3) {
-    alignas(64) float wide[kMaxHeadDim];
+    alignas(64) float wide[kMaxHeadDim] = {};
     vector_kernels().convert(from, head_dim, {wide, false});
     for (int64_t d = 0; d < head_dim; ++d) store_element(pages.dtype, to, index + d, wide[d]);
     return;
