@@ -351,16 +351,22 @@ TEST(CudaRunner, RunsOneRankAloneOnlyWhenAsked) {
   for (const auto& tokens : play(runner.get(), demo_prompts(2, 30), 5)) EXPECT_EQ(tokens.size(), 5u);
 }
 
+// The first step of a sequence of `count` tokens, at most ten.
+SequenceStep greedy_step(size_t count) {
+  static const SamplingParameters greedy = {.temperature = 0};
+  static const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, pages = {0};
+  SequenceStep step;
+  step.tokens = std::span(tokens).first(count);
+  step.pages = pages;
+  step.sample = true;
+  step.sampling = &greedy;
+  return step;
+}
+
 TEST(CudaRunner, ProfilesEveryWeightOfAStep) {
   const auto runner = make_cuda_runner(test_model(random_directory("moe-a")), cuda_options());
-  const SamplingParameters greedy = {.temperature = 0};
-  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, pages = {0};
   for (const size_t count : {size_t{1}, size_t{10}}) {
-    SequenceStep step;
-    step.tokens = std::span(tokens).first(count);
-    step.pages = pages;
-    step.sample = true;
-    step.sampling = &greedy;
+    const SequenceStep step = greedy_step(count);
     std::vector<SequenceResult> results;
     const std::vector<LaunchTime> launches = must(runner->profile({&step, 1}, &results));
     EXPECT_GE(results[0].token, 0);
@@ -380,14 +386,8 @@ TEST(CudaRunner, ProfilesEveryWeightOfAStep) {
 
 TEST(CudaRunner, TimesEveryKindOfLaunchOfAStep) {
   const auto runner = make_cuda_runner(test_model(random_directory("moe-a")), cuda_options());
-  const SamplingParameters greedy = {.temperature = 0};
-  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, pages = {0};
   for (const size_t count : {size_t{1}, size_t{10}}) {
-    SequenceStep step;
-    step.tokens = std::span(tokens).first(count);
-    step.pages = pages;
-    step.sample = true;
-    step.sampling = &greedy;
+    const SequenceStep step = greedy_step(count);
     std::vector<SequenceResult> before, profiled, after;
     ASSERT_TRUE(runner->submit({&step, 1}).ok() && runner->wait(&before).ok());
     const size_t launches = must(runner->profile({&step, 1}, &profiled)).size();

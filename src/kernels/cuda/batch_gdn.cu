@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kGdnThreads, kBlocks) gdn_kernel(const __grid_
     if (warp < 2) scale = rsqrtf(warp_sum(dot(c, c)) + 1e-6f) * (warp == 0 ? rsqrtf(float{kDim}) : 1.0f);
     reinterpret_cast<float4*>(mixed[warp])[lane] = {c.x * scale, c.y * scale, c.z * scale, c.w * scale};
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_arrive();
   __syncthreads();
 
   const float4 key = reinterpret_cast<const float4*>(mixed[1])[lane];
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kGdnThreads, kBlocks) gdn_kernel(const __grid_
   const float out = round_bf16(scatter_sums(sums));  // of value warp * kRows + lane / 2, in two lanes
   const float square = warp_sum(out * out) * 0.5f;
   if (lane == 0) squares[warp] = square;
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait();
   if (warp == 2 || (warp < 2 && head % per_key == 0)) {
     bf16* const next = reinterpret_cast<bf16*>(p.state.conv + slot_out * p.state.slot_stride) + channel;
     *reinterpret_cast<uint2*>(next) = history[1];

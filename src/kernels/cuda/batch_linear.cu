@@ -140,11 +140,6 @@ __device__ inline void stage(const LinearParameters& p, int begin, int end, uint
   }
 }
 
-__device__ inline uint32_t remote_address(uint32_t local, int rank) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  return remote;
-}
 __device__ inline void meet_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kConsumerThreads == 256, "the number in meet_consumers()");
 
@@ -284,7 +279,7 @@ __device__ inline void multiply(const LinearParameters& p, const Share& share, i
       float values[Sums::kRows];
 #pragma unroll
       for (int i = 0; i < Sums::kRows; ++i) values[i] = sums.at[i][half];
-      send(remote_address(local, row / own) + at * 4, values, remote_address(barrier, row / own));
+      send(on_rank(local, row / own) + at * 4, values, on_rank(barrier, row / own));
     }
   }
   if (number > 0) finish(number - 1, share.first + (number - 1) * share.step);
@@ -330,7 +325,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         control.weight_scale[number * (end - begin) + i] = scale[begin + i];
     }
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   if (threadIdx.x >= kConsumerThreads) {
     if (threadIdx.x == kConsumerThreads)
       fetch_weights(p, maps, share, begin, end, staged, shared_address(row_scales), ring, control);

@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
   const int lane = thread % kWarp;
   if (thread < kBatchExperts) count[thread] = 0;
   // The first block's memory may be written once it runs.
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   wait_for_predecessor();
   allow_successor();
-  uint32_t first_ids;
-  asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first_ids) : "r"(shared_address(ids)));
+  const uint32_t first_ids = on_rank(shared_address(ids), 0);
   for (int row = static_cast<int>(blockIdx.x) + warp * kRouteBlocks; row < p.rows; row += kRouteBlocks * kRouteWarps) {
     if (p.experts <= 256) {
       choose_row<8>(p, row, first_ids + row * p.top_k * 2);
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
       choose_row<kBatchExperts / kWarp>(p, row, first_ids + row * p.top_k * 2);
     }
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   if (blockIdx.x != 0) return;
   for (int i = thread; i < p.list.entry_capacity; i += kRouteThreads) p.arrived[i] = 0;
   const int pairs = p.rows * p.top_k;

@@ -27,6 +27,26 @@ __device__ __forceinline__ void allow_successor() {
 #endif
 }
 
+// All threads of a cluster's blocks; what they wrote before arriving is seen after the wait.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The address of this block's shared memory in the block of that rank.
+__device__ __forceinline__ uint32_t on_rank(uint32_t shared, uint32_t rank) {
+  uint32_t address = shared;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+#endif
+  return address;
+}
+
 // 16 bytes global -> shared, past L1; the hint fetches the other half of the line, which a neighbour reads next.
 __device__ __forceinline__ void copy16_streaming(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

@@ -91,12 +91,6 @@ __device__ __forceinline__ uint32_t slot_offset(int row, int chunk) {
   return row * kHeadDim + ((kIsKey ? chunk ^ (row & 1) * 4 : chunk ^ (row / 4 & 3) * 2) << 4);
 }
 
-__device__ __forceinline__ void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // This lane's operands of 8 rows of queries: all k of its warp's part of the dims.
 template <typename Shared>
 struct QueryOperand {

@@ -70,12 +70,6 @@ class WeightRing {
   int out_ = 0;
 };
 
-// d += a b as multiply_add(), float16 in.
-__device__ __forceinline__ void multiply_add_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -105,7 +99,7 @@ __device__ __forceinline__ void multiply_fp8_chunk(float (&acc)[4], const uint4&
     uint32_t a[4];
     fp8_to_f16(low[i], a[0], a[2]);
     fp8_to_f16(high[i], a[1], a[3]);
-    multiply_add_f16(sum[i % 2], a, pairs[2 * i], pairs[2 * i + 1]);
+    multiply_add_half(sum[i % 2], a, pairs[2 * i], pairs[2 * i + 1]);
   }
   acc[0] += scale.x * (sum[0][0] + sum[1][0]);
   acc[1] += scale.x * (sum[0][1] + sum[1][1]);
@@ -125,7 +119,7 @@ __device__ __forceinline__ void multiply_bf16_chunk(float (&acc)[4], const uint4
     if (staged) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[j] = pack_f16(bf16_low(a[j]), bf16_high(a[j]));
-      multiply_add_f16(acc, a, pairs[2 * i], pairs[2 * i + 1]);
+      multiply_add_half(acc, a, pairs[2 * i], pairs[2 * i + 1]);
     } else {
       multiply_add(acc, a, pairs[2 * i], pairs[2 * i + 1]);
     }

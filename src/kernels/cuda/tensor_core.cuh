@@ -1,4 +1,5 @@
-// Warp-level matrix products (mma.sync, ldmatrix), asynchronous copies to shared memory and the 128-byte swizzle they use.
+// Warp-level matrix products (mma.sync, ldmatrix), asynchronous copies to shared memory and the 128-byte swizzle they
+// use.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,13 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint3
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of float16.
+__device__ __forceinline__ void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ inline uint32_t pack_bf16(float low, float high) {
