@@ -22,6 +22,11 @@
 #include "bench/device_data.cuh"
 #include "kernels/cuda/decode.h"
 
+#ifdef TOKENSPEED_LAYER_CLOCKS
+namespace tokenspeed::kernels::cuda {
+void fetch_layer_clocks(long long* to);
+}
+#endif
 namespace {
 
 using namespace tokenspeed;
@@ -64,15 +69,12 @@ struct Options {
   bool kv_fp8 = false;
 };
 
-using Phase =
-    std::variant<cuda::DecodeLinear, kernels::GdnMixer, cuda::DecodeAttention, cuda::DecodeGateUp, cuda::DecodeDown>;
-
 // One step's ops by kind, in order.
 struct Op {
   const char* kind;
   int64_t bytes;
   std::function<Status(const cuda::Launch&)> launch;
-  std::optional<Phase> phase;  // what a fused kernel is given
+  std::optional<cuda::DecodePhase> phase;  // what decode_layers takes along
 };
 
 using Enqueue = std::function<void(const cuda::Launch&)>;
@@ -111,6 +113,29 @@ double graph_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, boo
         for (const Op* op : ops) require(op->launch(launch));
       },
       dependent, repeats);
+}
+// The same ops, runs of phases through decode_layers.
+double layers_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, void* workspace, int repeats) {
+  return graph_time_us(
+      stream,
+      [&](const cuda::Launch& launch) {
+        std::vector<cuda::DecodePhase> phases;
+        const auto flush = [&] {
+          if (!phases.empty()) require(cuda::decode_layers(phases, workspace, launch));
+          phases.clear();
+        };
+        for (const Op* op : ops) {
+          if (op->phase && op->kind[0] != '7') {
+            phases.push_back(*op->phase);
+            if (auto* up = std::get_if<cuda::DecodeGateUp>(&phases.back())) up->expert_ids = nullptr;
+            continue;
+          }
+          flush();
+          require(op->launch(launch));
+        }
+        flush();
+      },
+      true, repeats);
 }
 double read_bandwidth(cudaStream_t stream, const void* from, int64_t bytes, uint32_t* sink) {
   std::vector<float> times;
@@ -410,6 +435,33 @@ int main(int argc, char** argv) {
          static_cast<double>(bytes) / bandwidth * 1e6);
   const double whole = graph_time_us(stream, all, true, repeats);
   report("one launch per op", whole);
+  void* workspace = nullptr;
+  require(cudaMalloc(&workspace, cuda::kDecodeLayersWorkspaceBytes), "workspace");
+  require(cudaMemset(workspace, 0, cuda::kDecodeLayersWorkspaceBytes), "workspace");
+  report("layers", layers_time_us(stream, all, workspace, repeats));
+  report("layers, again", layers_time_us(stream, all, workspace, repeats));
+#ifdef TOKENSPEED_LAYER_CLOCKS
+  static long long clocks[24][8][132];
+  cuda::fetch_layer_clocks(&clocks[0][0][0]);
+  printf("phase: mean (max) cycles of warp 0 from the phase's start to: staged, streamed, barrier, published; next phase\n");
+  for (int p = 0; p < 23; ++p) {
+    printf("%2d", p);
+    for (int m = 1; m <= 5; ++m) {
+      double sum = 0, most = 0;
+      int n = 0;
+      for (int b = 0; b < 132; ++b) {
+        const long long begin = clocks[p][0][b];
+        const long long end = m == 5 ? (p < 22 ? clocks[p + 1][0][b] : 0) : clocks[p][m][b];
+        if (end < begin || end - begin > 1000000) continue;
+        sum += static_cast<double>(end - begin);
+        most = std::max(most, static_cast<double>(end - begin));
+        ++n;
+      }
+      printf(" %6.0f (%6.0f)", n ? sum / n : 0.0, most);
+    }
+    printf("\n");
+  }
+#endif
   if (o.quick) return 0;
   report("one after the other", graph_time_us(stream, all, false, repeats));
   printf("%-30s %5s %9s %9s %9s %9s %7s %9s\n", "op", "count", "MB each", "floor us", "alone us", "chain us", "chain %",

@@ -71,6 +71,16 @@ __device__ inline void paired_tile_copy(uint32_t shared, const CUtensorMap& map,
       "l"(&map), "r"(column), "r"(0), "r"(eight), "r"(group), "r"(barrier)
       : "memory");
 }
+// A box of a box_map(): its rows `row` on of the `outer`-th on, chunks of that turn. Fetched once, so first to leave L2.
+__device__ inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn,
+                                uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // what createpolicy makes of evict_first for all
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %2}], [%6], %7;" ::"r"(shared),
+      "l"(&map), "r"(0), "r"(row), "r"(outer), "r"(turn), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
 __device__ inline void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -82,6 +82,18 @@ __device__ __forceinline__ void fp8_to_bf16(uint32_t word, uint32_t& even, uint3
   odd = ((word >> 4) & 0x07f007f0u) | (word & 0x80008000u);
 }
 
+// Two floats as float16; four FP8 E4M3 values as two pairs of float16, exact.
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ void fp8_to_f16(uint32_t word, uint32_t& low, uint32_t& high) {
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+}
+
 // Order-preserving map of floats that are not NaN to unsigned integers.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
   const uint32_t bits = __float_as_uint(value);

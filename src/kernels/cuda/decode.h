@@ -22,6 +22,8 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <variant>
 
 #include "base/status.h"
 #include "kernels/attention.h"
@@ -140,6 +142,19 @@ struct DecodeAttention {
 inline constexpr int kDecodeKeySegment = 256;
 int64_t decode_attention_workspace_bytes(const AttentionShape& shape, int64_t tokens, int64_t max_context);
 Status decode_attention(const DecodeAttention& args, const Launch& launch);
+
+// Ops one after the other with as few launches as possible: a persistent kernel runs whole layers but their attention,
+// with the weights of later phases on their way (decode_layers_program.h). Same results as the single ops to their
+// tolerances; a row's bits as everywhere here independent of T.
+// Of what the ops of a layer write, only the residual stream (DecodeLinear::segments[0].y of those that accumulate,
+// DecodeDown::y), the states and the results of projections that an op of another launch reads are written; the other
+// arrays between them keep what they held.
+// workspace: kDecodeLayersWorkspaceBytes, zeroed once before the first use, not shared by streams that overlap.
+// Launch: a block of 576 threads with all of its shared memory on every multiprocessor. Other kernels on the GPU delay
+// it but must end without it.
+using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
+inline constexpr int64_t kDecodeLayersWorkspaceBytes = 16 << 20;
+Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch);
 
 // token[t] = the id of the greatest of logits[t, 0:vocabulary] (ties: the lower id); -1 if any is NaN or +inf or all
 // are -inf. workspace: decode_argmax_workspace_bytes(), zeroed once before the first use.

@@ -70,17 +70,6 @@ class WeightRing {
   int out_ = 0;
 };
 
-__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ void fp8_to_f16(uint32_t word, uint32_t& low, uint32_t& high) {
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
-      : "=r"(low), "=r"(high)
-      : "r"(word));
-}
-
 // acc += one chunk. x: shared address of this lane's activations for the chunk (32 bytes for FP8, 16 for bfloat16);
 // `active` is whether the lane's column is a row of the step. staged: activations are float16.
 __device__ __forceinline__ void multiply_fp8_chunk(float (&acc)[4], const uint4& lo, const uint4& hi, float2 scale,

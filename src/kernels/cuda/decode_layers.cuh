@@ -1,0 +1,317 @@
+// Common parts of the persistent kernel (decode_layers_program.h says what it executes): shared memory, the ring of
+// weights, words between blocks, and the product of a chunk.
+//
+//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, two buffers | LayerShared |
+#pragma once
+
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/decode_layers_program.h"
+#include "kernels/cuda/decode_layers_words.cuh"
+
+namespace tokenspeed::kernels::cuda {
+
+inline constexpr float kLayerStagedScale = 0x1p-3f;
+inline constexpr int kRoutingPairsMax = kDecodeTokens * kDecodeTopK;
+
+// The router's choice. Entries are the experts that the step must read: the shared one first, then the distinct ones.
+struct LayerRouting {
+  int entries;
+  int ids[kRoutingPairsMax];       // [t][i] at t * top_k + i
+  float weights[kDecodeTokens * (kDecodeTopK + 1)];  // [t][place]; the last place is the shared expert's
+  int expert[kRoutingPairsMax + 1];  // of an entry
+  int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
+  int first_pair[kRoutingPairsMax];
+  unsigned firsts[kRoutingPairsMax / kWarp];
+  alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
+  uint2 candidates[kDecodeTokens][kWarp];   // {key, id}
+};
+
+struct LayerShared {
+  alignas(8) uint64_t full[kLayerMaxSlots];
+  uint64_t empty[kLayerMaxSlots];
+  uint64_t routed;    // the experts are chosen
+  uint64_t weighted;  // and their weights are known
+  int phase;  // that the first consumer has begun
+  int token_begin[kDecodeTokens + 1];
+  int state_in[kDecodeTokens];
+  int state_out[kDecodeTokens];
+  alignas(16) float squares[kDecodeTokens][kLayerWarps];  // of the row before its norm, by warp
+  alignas(16) float mixer_squares[kDecodeTokens][kLayerWarps];
+  LayerRouting routing;
+#ifdef TOKENSPEED_LAYER_CLOCKS
+  long long clocks[8];
+#endif
+  LayerPhase phases[kLayerMaxPhases];
+};
+
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ void consumer_barrier() { named_barrier(1, kLayerConsumers); }
+
+#ifdef TOKENSPEED_LAYER_CLOCKS
+static __device__ long long layer_clocks[24 * 8 * 132];  // [phase][mark][block]
+#endif
+// What a consumer thread carries from phase to phase.
+struct LayerConsumer {
+  const LayerProgram& program;
+  LayerShared& shared;
+  int warp;           // known to the compiler to be the warp's
+  int rows;
+  int slots;
+  uint32_t full;      // shared address of the ring's barriers, the empty ones behind them
+  uint32_t ring;      // shared address of this warp's chunk of the first slot
+  uint8_t* staged;   // this warp's
+  float* partial;    // two buffers
+  RingPosition at;
+  int batch = 0;        // batches of part sums so far: two buffers in turn
+  uint32_t routed_parity = 0;
+  unsigned launch = 0;
+  float residual = 0;   // x of this thread's (tile, row of the step, row of the tile)
+
+#ifdef TOKENSPEED_LAYER_CLOCKS
+  __device__ void mark(int what) const {
+    if (threadIdx.x == 0) shared.clocks[what] = clock64();
+  }
+#else
+  __device__ void mark(int) const {}
+#endif
+  __device__ float* buffer() const { return partial + (batch & 1) * (program.partial_bytes / 4); }
+  // Shared address of this warp's chunk of the next slot, when it is there. The slot is released by its number, which
+  // may be after the next one has been waited for.
+  __device__ uint32_t wait(int* slot) {
+    *slot = at.slot;
+    barrier_wait(full + at.slot * 8, at.parity);
+    const uint32_t chunk = ring + at.slot * kLayerSlotBytes;
+    at.advance(slots);
+    return chunk;
+  }
+  __device__ void release(int slot) const { warp_arrive(full + (kLayerMaxSlots + slot) * 8); }
+};
+
+// ---- words ----
+
+// Many words are not polled together, as that would take the bandwidth of L2 from the weights: when the first is there,
+// the others of the same writers are, or nearly.
+template <int kCount>
+inline constexpr int kPollAtOnce = kCount <= 4 ? kCount : 1;
+
+// Loads `count` <= kCount pairs of words that other blocks write and hands their values on in order when all are there.
+// The whole warp calls, so that it leaves the loop as one; lanes that want nothing say so.
+template <int kCount, typename Address, typename Take>
+__device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address&& address, Take&& take) {
+  uint4 value[kCount];
+  const auto fetch = [&](int begin, int end) {
+    bool complete;
+#pragma unroll 1
+    do {
+      complete = true;
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        if (i < count) value[i] = load_words2(address(i));
+      }
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        if (i < count) complete &= value[i].y == launch && value[i].w == launch;
+      }
+    } while (!__all_sync(~0u, complete));
+  };
+  fetch(0, kPollAtOnce<kCount>);
+  if constexpr (kPollAtOnce<kCount> < kCount) fetch(kPollAtOnce<kCount>, kCount);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) take(i, value[i].x, value[i].z);
+  }
+}
+// The same of single words.
+template <int kCount, typename Address, typename Take>
+__device__ __forceinline__ void gather_words(unsigned launch, int count, Address&& address, Take&& take) {
+  uint2 value[kCount];
+  const auto fetch = [&](int begin, int end) {
+    bool complete;
+#pragma unroll 1
+    do {
+      complete = true;
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        if (i < count) value[i] = load_word(address(i));
+      }
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        if (i < count) complete &= value[i].y == launch;
+      }
+    } while (!__all_sync(~0u, complete));
+  };
+  fetch(0, kPollAtOnce<kCount>);
+  if constexpr (kPollAtOnce<kCount> < kCount) fetch(kPollAtOnce<kCount>, kCount);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) take(i, value[i].x);
+  }
+}
+
+// ---- staged activations ----
+//
+// A chunk of a row meets the tensor core as operands of lanes: lane 4t + c holds row t's values c * n .. c * n + n - 1
+// of the chunk (n = 32 beside FP8 weights, 16 beside bfloat16), in pieces of 16 bytes,
+//
+//     piece 0: | lane 0 | lane 1 | ... | lane 4 * kRows - 1 |  piece 1: ...
+//
+// Beside FP8 weights they are float16 times kLayerStagedScale,
+// so that values up to 500,000 are kept.
+
+template <bool kFp8>
+inline constexpr int kLaneValues = layer_chunk_values(kFp8) / kWarp;  // of a row's chunk, as it is loaded
+
+// v: this lane's neighbouring values of row t's chunk.
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void stage_values(uint8_t* chunk, int t, const float (&v)[kLaneValues<kFp8>]) {
+  const int lane = threadIdx.x % kWarp;
+  const int operand = t * 4 + lane / 8;
+  if constexpr (kFp8) {
+    uint8_t* const to = chunk + (lane % 8 / 2 * 4 * kRows + operand) * 16 + lane % 2 * 8;
+    *reinterpret_cast<uint2*>(to) = {pack_f16(v[0] * kLayerStagedScale, v[1] * kLayerStagedScale),
+                                     pack_f16(v[2] * kLayerStagedScale, v[3] * kLayerStagedScale)};
+  } else {
+    uint8_t* const to = chunk + (lane % 8 / 4 * 4 * kRows + operand) * 16 + lane % 4 * 4;
+    *reinterpret_cast<uint32_t*>(to) = pack_bf16(v[0], v[1]);
+  }
+}
+
+template <int kPieces>
+struct Operand {
+  uint32_t pair[kPieces * 4];
+};
+// This lane's pieces of a staged chunk from `piece` on as lane `from` would read them; zeros in columns without a row.
+template <int kPieces, int kRows>
+__device__ __forceinline__ Operand<kPieces> load_operand(const uint8_t* chunk, int piece, int from, int rows) {
+  Operand<kPieces> b = {};
+  if (static_cast<int>(threadIdx.x % kWarp) / 4 < rows) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint4 v = load16_shared(shared_address(chunk) + ((piece + i) * 4 * kRows + from) * 16);
+      b.pair[4 * i] = v.x;
+      b.pair[4 * i + 1] = v.y;
+      b.pair[4 * i + 2] = v.z;
+      b.pair[4 * i + 3] = v.w;
+    }
+  }
+  return b;
+}
+
+// ---- products ----
+
+// This lane's 32 bytes of rows lane / 4 and lane / 4 + 8 of a chunk.
+struct ChunkWeights {
+  uint32_t low[8];
+  uint32_t high[8];
+};
+__device__ __forceinline__ ChunkWeights load_chunk(uint32_t chunk) {
+  const int row = threadIdx.x % kWarp / 4;
+  const int unit = threadIdx.x % 4 * 2;
+  ChunkWeights w;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t at = chunk + row * kLayerChunkBytes + (((unit + i) ^ row) << 4);
+    const uint4 low = load16_shared(at);
+    const uint4 high = load16_shared(at + 8 * kLayerChunkBytes);
+    w.low[4 * i] = low.x, w.low[4 * i + 1] = low.y, w.low[4 * i + 2] = low.z, w.low[4 * i + 3] = low.w;
+    w.high[4 * i] = high.x, w.high[4 * i + 1] = high.y, w.high[4 * i + 2] = high.z, w.high[4 * i + 3] = high.w;
+  }
+  return w;
+}
+
+// acc += scale * (a chunk's FP8 weights times float16 operands).
+__device__ __forceinline__ void multiply_fp8(float (&acc)[4], const ChunkWeights& w, const Operand<4>& b, float2 scale) {
+  float sum[2][4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t a[4];
+    fp8_to_f16(w.low[i], a[0], a[2]);
+    fp8_to_f16(w.high[i], a[1], a[3]);
+    multiply_add_half(sum[i % 2], a, b.pair[2 * i], b.pair[2 * i + 1]);
+  }
+  acc[0] += scale.x * (sum[0][0] + sum[1][0]);
+  acc[1] += scale.x * (sum[0][1] + sum[1][1]);
+  acc[2] += scale.y * (sum[0][2] + sum[1][2]);
+  acc[3] += scale.y * (sum[0][3] + sum[1][3]);
+}
+// acc += a chunk's bfloat16 weights times operands of bfloat16, or of float16.
+template <bool kHalf>
+__device__ __forceinline__ void multiply_bf16(float (&acc)[4], const ChunkWeights& w, const Operand<2>& b) {
+  float sum[2][4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t a[4] = {w.low[2 * i], w.high[2 * i], w.low[2 * i + 1], w.high[2 * i + 1]};
+    if constexpr (kHalf) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = pack_f16(bf16_low(a[j]), bf16_high(a[j]));
+      multiply_add_half(sum[i % 2], a, b.pair[2 * i], b.pair[2 * i + 1]);
+    } else {
+      multiply_add(sum[i % 2], a, b.pair[2 * i], b.pair[2 * i + 1]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] += sum[0][i] + sum[1][i];
+}
+
+// ---- part sums ----
+//
+// A tile's are [row of the step][row of the tile][warp], kLayerPartialStride floats apart.
+
+template <int kRows>
+__device__ __forceinline__ void store_parts(float* tile, int warp, const float (&acc)[4]) {
+  const int lane = threadIdx.x % kWarp;
+  float* const to = tile + (lane % 4 * 2 * kLayerTileRows + lane / 4) * kLayerPartialStride + warp;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (lane % 4 * 2 + i >= kRows) break;
+    to[i * kLayerTileRows * kLayerPartialStride] = acc[i];
+    to[(i * kLayerTileRows + 8) * kLayerPartialStride] = acc[2 + i];
+  }
+}
+// The sum over the warps, always in the same order; those without a part have stored zeros.
+__device__ __forceinline__ float add_parts(const float* row) {
+  float4 v[kLayerWarps / 4];
+#pragma unroll
+  for (int i = 0; i < kLayerWarps / 4; ++i) v[i] = reinterpret_cast<const float4*>(row)[i];
+  float sum[kLayerWarps / 4];
+#pragma unroll
+  for (int i = 0; i < kLayerWarps / 4; ++i) sum[i] = (v[i].x + v[i].y) + (v[i].z + v[i].w);
+  static_assert(kLayerWarps == 16, "four vectors");
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// What the RMS norm divides row t by, inverted.
+__device__ __forceinline__ float inverse_norm(const LayerShared& shared, int t, int k, float epsilon) {
+  return rsqrtf(add_parts(shared.squares[t]) * __fdividef(1.0f, static_cast<float>(k)) + epsilon);
+}
+
+// Neighbouring lanes hold neighbouring rows; true for the lane that stores both.
+__device__ __forceinline__ bool pair_up(float value, float* odd) {
+  *odd = __shfl_xor_sync(~0u, value, 1);
+  return threadIdx.x % 2 == 0;
+}
+
+// Adds a projection's result to the residual stream and tells the other blocks. e: this thread's element
+// (tile of the block, row of the step, row of the tile); all threads of the warp call.
+template <int kRows>
+__device__ __forceinline__ void add_to_residual(LayerConsumer& c, float sum, bool valid, int tile, int t, int row,
+                                                uint2* words) {
+  if (valid) c.residual = round_bf16(c.residual + sum);
+  float odd;
+  if (!pair_up(c.residual, &odd) || !valid) return;
+  store_word(words + (static_cast<int64_t>(t) * c.program.hidden + tile * kLayerTileRows + row) / 2,
+             pack_bf16(c.residual, odd), c.launch);
+}
+
+}  // namespace tokenspeed::kernels::cuda

@@ -1,0 +1,499 @@
+// Routed and shared experts as phases: the router's choice, gate and up, then down.
+#pragma once
+
+#include "kernels/cuda/decode_layers_project.cuh"
+
+namespace tokenspeed::kernels::cuda {
+
+inline constexpr int kUnitRows = kLayerTileRows / 2;  // rows of h per tile: 8 gate rows and the 8 up rows beside them
+
+// ---- the router's choice ----
+
+// A row's logits in the lanes of its warp, as keys in the order of floats: expert i * 32 + lane. 0: none, or NaN.
+template <int kKeys>
+struct RowKeys {
+  uint32_t key[kKeys];
+
+  // rehearse: whatever words are there will do.
+  __device__ void load(const GateUpPhase& p, const uint2* logits, unsigned launch, bool rehearse) {
+    const int lane = threadIdx.x % kWarp;
+    uint2 word[kKeys];
+    bool complete;
+#pragma unroll 1
+    do {
+      complete = true;
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) word[i] = load_word(logits + min(i * kWarp + lane, p.experts - 1));
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) complete &= word[i].y == launch || rehearse;
+    } while (!__all_sync(~0u, complete));
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      key[i] = i * kWarp + lane < p.experts ? ordered_bits(__uint_as_float(word[i].x)) : 0;
+    }
+  }
+  __device__ uint32_t greatest() const {
+    uint32_t best = key[0];
+#pragma unroll
+    for (int i = 1; i < kKeys; ++i) best = max(best, key[i]);
+    return best;
+  }
+};
+
+// The top_k greatest keys one after the other: only where many are equal.
+template <int kKeys>
+static __device__ __noinline__ void choose_slowly(RowKeys<kKeys> keys, int top_k, int* ids, uint32_t* chosen) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int choice = 0; choice < top_k; ++choice) {
+    const uint32_t best = __reduce_max_sync(~0u, keys.greatest());
+    unsigned found = kDecodeExperts;
+#pragma unroll
+    for (int i = kKeys - 1; i >= 0; --i) {
+      if (keys.key[i] == best) found = i * kWarp + lane;
+    }
+    const unsigned id = __reduce_min_sync(~0u, found);
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (id == i * kWarp + lane) keys.key[i] = 0;
+    }
+    if (lane == 0 && best != 0) {
+      ids[choice] = static_cast<int>(id);
+      chosen[choice] = best;
+    }
+  }
+}
+
+// The ids of the row's top_k greatest logits, in order, and their keys; ties go to the lower id. At least top_k lanes'
+// greatest keys are as great as the top_k-th of these, so all that are chosen are, and few others.
+template <int kKeys>
+__device__ __forceinline__ void choose_ids(const RowKeys<kKeys>& keys, int top_k, uint32_t* greatest,
+                                           uint2* candidates, int* ids, uint32_t* chosen) {
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t own = keys.greatest();
+  greatest[lane] = own;
+  __syncwarp();
+  int rank = 0;
+#pragma unroll 2
+  for (int i = 0; i < kWarp; i += 4) {
+    const uint4 other = *reinterpret_cast<const uint4*>(greatest + i);
+    rank += other.x > own || (other.x == own && i < lane);
+    rank += other.y > own || (other.y == own && i + 1 < lane);
+    rank += other.z > own || (other.z == own && i + 2 < lane);
+    rank += other.w > own || (other.w == own && i + 3 < lane);
+  }
+  const int last = __ffs(static_cast<int>(__ballot_sync(~0u, rank == top_k - 1))) - 1;
+  const uint32_t least = max(__shfl_sync(~0u, own, last), 1u);
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const bool is_candidate = keys.key[i] >= least;
+    const unsigned mask = __ballot_sync(~0u, is_candidate);
+    const int at = count + __popc(mask & ((1u << lane) - 1));
+    if (is_candidate && at < kWarp) candidates[at] = {keys.key[i], static_cast<uint32_t>(i * kWarp + lane)};
+    count += __popc(mask);
+  }
+  if (count > kWarp) {
+    choose_slowly<kKeys>(keys, top_k, ids, chosen);
+    return;
+  }
+  __syncwarp();
+  const uint2 mine = candidates[lane];
+  int place = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const uint2 other = candidates[i];
+    place += other.x > mine.x || (other.x == mine.x && other.y < mine.y);
+  }
+  if (lane < count && place < top_k) {
+    ids[place] = static_cast<int>(mine.y);
+    chosen[place] = mine.x;
+  }
+}
+
+__device__ __forceinline__ float float_of_ordered(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// Row t's ids, then, after then(), its weights. The whole warp calls.
+template <int kKeys, typename Then>
+__device__ __forceinline__ void choose_row(const GateUpPhase& p, LayerRouting& routing, unsigned launch, int t,
+                                           bool rehearse, Then&& then) {
+  const int lane = threadIdx.x % kWarp;
+  const int top_k = p.top_k;
+  const uint2* const logits = p.logits + t * (p.experts + 1);
+  int* const ids = routing.ids + t * top_k;
+  uint32_t* const chosen = routing.greatest[t];  // free again when the candidates are known
+  RowKeys<kKeys> keys;
+  keys.load(p, logits, launch, rehearse);
+  if (lane < top_k) ids[lane] = lane;  // where logits are NaN
+  choose_ids(keys, top_k, routing.greatest[t], routing.candidates[t], ids, chosen);
+  __syncwarp();
+  then();
+  const float greatest = float_of_ordered(chosen[0]);
+  const float mine = lane < top_k ? __expf(float_of_ordered(chosen[lane]) - greatest) : 0.0f;
+  float all = mine;
+  if (!p.normalize) {
+    all = 0;
+#pragma unroll 1
+    for (int i = lane; i < p.experts; i += kWarp) all += __expf(__uint_as_float(load_word(logits + i).x) - greatest);
+  }
+  all = warp_sum(all);
+  uint2 gate;
+  do {
+    gate = load_word(logits + (p.has_gate ? p.experts : 0));
+  } while (!__all_sync(~0u, gate.y == launch || rehearse));
+  float* const weights = routing.weights + t * (top_k + 1);
+  if (lane < top_k) weights[lane] = mine / all;
+  if (lane == top_k) weights[lane] = p.has_gate ? sigmoid(__uint_as_float(gate.x)) : 1.0f;
+}
+
+// Entry 0 is the shared expert, if there is one; then come the row's choices in order.
+__device__ __forceinline__ void list_one_row(const GateUpPhase& p, LayerRouting& routing) {
+  const int lane = threadIdx.x % kWarp;
+  const int first = p.shared.width > 0;
+  __syncwarp();
+  if (lane < p.top_k) {
+    routing.expert[first + lane] = routing.ids[lane];
+    routing.place[first + lane][0] = static_cast<int8_t>(lane);
+  }
+  if (lane == 0) {
+    if (first != 0) routing.place[0][0] = static_cast<int8_t>(p.top_k);
+    routing.entries = first + p.top_k;
+  }
+  __syncwarp();
+}
+
+// The same for several rows; all consumers call.
+__device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int rows) {
+  const int first = p.shared.width > 0;
+  const int pairs = rows * p.top_k;
+  const int pair = threadIdx.x;
+  for (int i = threadIdx.x; i < (kRoutingPairsMax + 1) * kDecodeTokens; i += kLayerConsumers) {
+    routing.place[i / kDecodeTokens][i % kDecodeTokens] =
+        i / kDecodeTokens == 0 && first != 0 ? static_cast<int8_t>(p.top_k) : static_cast<int8_t>(-1);
+  }
+  bool is_first = false;
+  if (pair < kRoutingPairsMax) {
+    int same = 0;
+    while (pair < pairs && routing.ids[same] != routing.ids[pair]) ++same;
+    is_first = pair < pairs && same == pair;
+    routing.first_pair[pair] = same;
+    const unsigned firsts = __ballot_sync(~0u, is_first);
+    if (pair % kWarp == 0) routing.firsts[pair / kWarp] = firsts;
+  }
+  consumer_barrier();
+  if (pair < pairs) {
+    const int of = routing.first_pair[pair];
+    int entry = first + __popc(routing.firsts[of / kWarp] & ((1u << of % kWarp) - 1));
+    for (int i = 0; i < of / kWarp; ++i) entry += __popc(routing.firsts[i]);
+    if (is_first) routing.expert[entry] = routing.ids[pair];
+    routing.place[entry][pair / p.top_k] = static_cast<int8_t>(pair % p.top_k);
+  }
+  if (threadIdx.x == 0) {
+    int entries = first;
+    for (const unsigned firsts : routing.firsts) entries += __popc(firsts);
+    routing.entries = entries;
+  }
+  consumer_barrier();
+}
+
+// ---- gate and up ----
+
+// A tile of the phase: those of entry 0 come first, then entry 1's and so on.
+struct UnitPlace {
+  int entry;
+  int tile;
+  __device__ UnitPlace(const GateUpPhase& p, int index)
+      : entry(index >> p.log_tiles), tile(index & ((1 << p.log_tiles) - 1)) {}
+};
+__device__ __forceinline__ bool is_shared(const GateUpPhase& p, int entry) { return entry == 0 && p.shared.width > 0; }
+
+// Scales of a tile's gate rows and up rows for a chunk.
+__device__ __forceinline__ float2 unit_scale(const GateUpPhase& p, const LayerRouting& routing, const UnitPlace& unit,
+                                             int chunk) {
+  const bool shared = is_shared(p, unit.entry);
+  const float* const scale = shared ? p.shared.scale : p.routed.scale;
+  const int expert = shared ? 0 : routing.expert[unit.entry];
+  const int columns = p.k >> 7;
+  const int width = p.routed.width;
+  const int first = expert * ((2 * width + 127) >> 7);
+  const int gate = first + (unit.tile * kUnitRows >> 7);
+  const int up = first + ((width + unit.tile * kUnitRows) >> 7);
+  return {scale[static_cast<int64_t>(gate) * columns + chunk], scale[static_cast<int64_t>(up) * columns + chunk]};
+}
+
+// silu(gate) * up of `count` tiles, of which the first is the block's number `first`.
+template <int kRows>
+__device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer& c, int first, int count,
+                                             float scale) {
+  constexpr int kOutputs = kUnitRows * kRows;
+  static_assert(layer_batch_tiles(kRows) * kOutputs <= kLayerConsumers, "one element per thread");
+  if (c.warp * kWarp >= layer_batch_tiles(kRows) * kOutputs) return;
+  const int own = threadIdx.x / kOutputs;
+  const int t = threadIdx.x % kOutputs / kUnitRows;
+  const int row = threadIdx.x % kUnitRows;
+  const UnitPlace unit(p, blockIdx.x + (first + own) * gridDim.x);
+  const int place = own < count && t < c.rows ? c.shared.routing.place[unit.entry][t] : -1;
+  float h = 0;
+  if (place >= 0) {
+    const float* const parts =
+        c.buffer() + own * layer_tile_floats(kRows) + (t * kLayerTileRows + row) * kLayerPartialStride;
+    scale *= inverse_norm(c.shared, t, p.k, p.epsilon);
+    const float gate = add_parts(parts) * scale;
+    const float up = add_parts(parts + kUnitRows * kLayerPartialStride) * scale;
+    h = silu(gate) * up;
+  }
+  float odd;
+  if (!pair_up(h, &odd) || place < 0) return;
+  const int at = (t * (p.top_k + 1) + place) * p.routed.width + unit.tile * kUnitRows + row;
+  store_word(p.h + (at >> 1), pack_bf16(h, odd), c.launch);
+}
+
+// The choices of several rows, by the consumers.
+template <int kKeys>
+__device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& c) {
+  if (c.warp < c.rows) choose_row<kKeys>(p, c.shared.routing, c.launch, c.warp, false, [] {});
+  consumer_barrier();
+  list_rows(p, c.shared.routing, c.rows);
+  if (threadIdx.x == 0) {
+    barrier_arrive(shared_address(&c.shared.routed));
+    barrier_arrive(shared_address(&c.shared.weighted));
+  }
+}
+
+// The choice of a single row, by a warp of its own: a few hundred instructions that nobody else executes, so that most
+// of their time would go into fetching them. It goes through them once before the logits are there.
+template <int kKeys>
+__device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    choose_row<kKeys>(p, shared.routing, launch, 0, pass == 0, [&] {
+      list_one_row(p, shared.routing);
+      if (pass == 1 && threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.routed));
+    });
+    __syncwarp();
+  }
+  if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.weighted));
+}
+
+template <bool kFp8, int kRows, int kKeys>
+__device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsumer& c) {
+  constexpr int kBatch = layer_batch_tiles(kRows);
+  const int lane = threadIdx.x % kWarp;
+  const int turns = p.turns;
+  const int log_turns = turns >> 1;
+  const int lane_tiles_mask = (kWarp >> log_turns) - 1;
+  const bool active = c.warp < p.warps;
+  const LayerRouting& routing = c.shared.routing;
+  if constexpr (kRows > 1) route_rows<kKeys>(p, c);
+  c.mark(1);
+  barrier_wait(shared_address(&c.shared.routed), c.routed_parity);
+  c.routed_parity ^= 1;
+  const int tiles = routing.entries << p.log_tiles;
+  const int all = tiles_of_block(tiles);
+  float2 scales = {1.0f, 1.0f};
+  int first = 0;
+  do {
+    if constexpr (kFp8) {
+      const int tile = blockIdx.x + (first + (lane >> log_turns)) * gridDim.x;
+      if ((first & lane_tiles_mask) == 0 && active && tile < tiles) {
+        scales = unit_scale(p, routing, UnitPlace(p, tile), c.warp * turns + (lane & (turns - 1)));
+      }
+    }
+    const int count = min(kBatch, all - first);
+    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first & lane_tiles_mask) << log_turns,
+                                    c.buffer());
+    c.mark(2);
+    consumer_barrier();
+    c.mark(3);
+    finish_units<kRows>(p, c, first, count, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
+    ++c.batch;
+    first += kBatch;
+  } while (first < all);
+  c.mark(4);
+}
+
+// ---- down ----
+//
+// A block owns tiles of 16 rows of the result. A slot holds chunks of 16 / chunks experts; warp w multiplies the w-th
+// chunk of each slot. A row of the step adds its own experts' parts, weighted, in the order of its choices, whatever the
+// others chose: part sums are [row of the step][row of the tile][place * chunks + chunk].
+
+struct DownChunk {
+  int entry;
+  int chunk;  // of the entry
+  __device__ DownChunk(const DownPhase& p, int slot, int warp) {
+    const int index = slot * kLayerWarps + warp;
+    entry = index >> p.log_chunks;
+    chunk = index & ((1 << p.log_chunks) - 1);
+  }
+  __device__ bool shared(const DownPhase& p) const { return entry == 0 && p.shared.width > 0; }
+};
+
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void stage_down(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
+  constexpr int kSlots = layer_down_slots(kRows);
+  constexpr int kCount = kSlots * kRows;  // slot i / kRows, row i % kRows
+  const LayerRouting& routing = c.shared.routing;
+  const int lane = threadIdx.x % kWarp;
+  const auto place_of = [&](int i) -> int {
+    const DownChunk at(p, first_slot + i / kRows, c.warp);
+    if (i / kRows >= slots || i % kRows >= c.rows || at.entry >= routing.entries) return -1;
+    if constexpr (kRows == 1) return at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0);
+    return routing.place[at.entry][i % kRows];
+  };
+  const uint2* from[kCount];  // null: the row did not choose the expert
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int place = place_of(i);
+    const int column =
+        (DownChunk(p, first_slot + i / kRows, c.warp).chunk * kWarp + lane) * kLaneValues<kFp8>;
+    from[i] = place < 0 ? nullptr : p.h + (((i % kRows * (p.top_k + 1) + place) * p.k + column) >> 1);
+  }
+  uint4 value[kCount] = {};
+  bool complete;
+  do {
+    complete = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (from[i] == nullptr) continue;
+      if constexpr (kFp8) {
+        value[i] = load_words2(from[i]);
+      } else {
+        const uint2 word = load_word(from[i]);
+        value[i] = {word.x, word.y, 0, word.y};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      complete &= from[i] == nullptr || (value[i].y == c.launch && value[i].w == c.launch);
+    }
+  } while (!__all_sync(~0u, complete));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    // Rows that did not choose the expert meet it as zeros.
+    float v[kLaneValues<kFp8>];
+    if constexpr (kFp8) {
+      v[0] = bf16_low(value[i].x), v[1] = bf16_high(value[i].x);
+      v[2] = bf16_low(value[i].z), v[3] = bf16_high(value[i].z);
+    } else {
+      v[0] = bf16_low(value[i].x), v[1] = bf16_high(value[i].x);
+    }
+    stage_values<kFp8, kRows>(c.staged + i / kRows * layer_staged_chunk(kFp8, kRows), i % kRows, v);
+  }
+  __syncwarp();
+}
+
+// This warp's chunk of a slot, weighted, to the part sums.
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer& c, int slot, int staged,
+                                              uint32_t chunk_address, float scale) {
+  const LayerRouting& routing = c.shared.routing;
+  const DownChunk at(p, slot, c.warp);
+  if (at.entry >= routing.entries) return;
+  const int lane = threadIdx.x % kWarp;
+  const uint8_t* const from = c.staged + staged * layer_staged_chunk(kFp8, kRows);
+  const ChunkWeights w = load_chunk(chunk_address);
+  float acc[4] = {};
+  if constexpr (kFp8) {
+    multiply_fp8(acc, w, load_operand<4, kRows>(from, 0, lane, c.rows), {scale, scale});
+  } else {
+    multiply_bf16<false>(acc, w, load_operand<2, kRows>(from, 0, lane, c.rows));
+  }
+  const int stride = layer_down_stride((p.top_k + 1) << p.log_chunks);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = lane % 4 * 2 + i;
+    if (t >= kRows || t >= c.rows) break;
+    const int place = kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0))
+                                 : routing.place[at.entry][t];
+    if (place < 0) continue;
+    const float weight = routing.weights[t * (p.top_k + 1) + place];
+    float* const to = c.buffer() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;
+    to[0] = acc[i] * weight;
+    to[8 * stride] = acc[2 + i] * weight;
+  }
+}
+
+template <bool kFp8>
+__device__ __forceinline__ float down_scale(const DownPhase& p, const LayerConsumer& c, int slot, int tile) {
+  const LayerRouting& routing = c.shared.routing;
+  const DownChunk at(p, slot, c.warp);
+  if (!kFp8 || at.entry >= routing.entries) return 1.0f;
+  const LayerExperts& m = at.shared(p) ? p.shared : p.routed;
+  const int64_t expert = at.shared(p) ? 0 : routing.expert[at.entry];
+  const int columns = p.k >> 7;
+  return m.scale[(expert * (p.hidden >> 7) + tile / (128 / kLayerTileRows)) * columns + at.chunk];
+}
+
+// The part sums of one row of the tile: parts that exist, in order.
+__device__ __forceinline__ float add_down_parts(const float* row, int parts) {
+  constexpr int kVectors = 9;  // of 8 + 1 experts of 512 FP8 columns
+  float sum[4] = {};
+#pragma unroll 1
+  for (int begin = 0; begin < parts; begin += 4 * kVectors) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = begin + 4 * i;
+      float4 v = {};
+      if (at < parts) v = *reinterpret_cast<const float4*>(row + at);
+      sum[0] += v.x;
+      sum[1] += at + 1 < parts ? v.y : 0.0f;
+      sum[2] += at + 2 < parts ? v.z : 0.0f;
+      sum[3] += at + 3 < parts ? v.w : 0.0f;
+    }
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& c) {
+  constexpr int kSlots = layer_down_slots(kRows);
+  constexpr int kOutputs = kLayerTileRows * kRows;
+  const LayerRouting& routing = c.shared.routing;
+  const int lane = threadIdx.x % kWarp;
+  const int slots = ((routing.entries << p.log_chunks) + kLayerWarps - 1) / kLayerWarps;
+  const bool has_shared = p.shared.width > 0;
+  barrier_wait(shared_address(&c.shared.weighted), c.routed_parity ^ 1);
+  int tile_number = 0;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x, ++tile_number) {
+    float scales = down_scale<kFp8>(p, c, lane, tile);  // of 32 slots, one per lane
+#pragma unroll 1
+    for (int first = 0; first < slots; first += kSlots) {
+      const int count = min(kSlots, slots - first);
+      stage_down<kFp8, kRows>(p, c, first, count);
+      c.mark(1);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const int slot = first + i;
+        if (slot % kWarp == 0 && slot > 0) scales = down_scale<kFp8>(p, c, slot + lane, tile);
+        int ring_slot;
+        const uint32_t chunk = c.wait(&ring_slot);
+        multiply_down<kFp8, kRows>(p, c, slot, i, chunk, __shfl_sync(~0u, scales, slot % kWarp));
+        c.release(ring_slot);
+      }
+    }
+    const int e = static_cast<int>(threadIdx.x) - tile_number * kOutputs;
+    const int t = e / kLayerTileRows;
+    const bool valid = e >= 0 && e < kOutputs && t < c.rows;
+    const float* const row = c.buffer() + e * layer_down_stride((p.top_k + 1) << p.log_chunks);
+    const int parts = (p.top_k + has_shared) << p.log_chunks;
+    c.mark(2);
+    consumer_barrier();
+    c.mark(3);
+    if (__any_sync(~0u, valid)) {
+      const float sum = valid ? add_down_parts(row, parts) * (kFp8 ? 1.0f / kLayerStagedScale : 1.0f) : 0.0f;
+      add_to_residual<kRows>(c, sum, valid, tile, t, e % kLayerTileRows, p.residual_words);
+    }
+    c.mark(4);
+    ++c.batch;
+  }
+  if (tile_number == 0) {
+    consumer_barrier();
+    ++c.batch;
+  }
+}
+
+}  // namespace tokenspeed::kernels::cuda

@@ -1,0 +1,242 @@
+// The persistent kernel itself: one warp fetches the weights of all phases, one chooses experts,
+// sixteen compute phase after phase.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/cuda/decode_layers_experts.cuh"
+
+namespace tokenspeed::kernels::cuda {
+
+// ---- the warp that copies; one lane of it ----
+
+struct LayerProducer {
+  const LayerProgram& program;
+  LayerShared& shared;
+  uint32_t ring;
+  RingPosition at;
+
+  // Opens the next slot for `bytes`.
+  __device__ void open(uint32_t bytes) {
+    barrier_wait(shared_address(&shared.empty[at.slot]), at.parity ^ 1);
+    barrier_arrive_expecting(shared_address(&shared.full[at.slot]), bytes);
+  }
+  __device__ void copy(int chunk, int map, int row, int outer, int turn) {
+    box_copy(ring + at.slot * kLayerSlotBytes + chunk * kLayerTileChunk, program.maps[map], row, outer, turn,
+             shared_address(&shared.full[at.slot]));
+  }
+  __device__ void close() { at.advance(program.slots); }
+};
+
+__device__ __forceinline__ void produce_project(const ProjectPhase& p, LayerProducer& producer) {
+  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    const LayerSegment& s = p.segments[segment_of(p, tile)];
+    for (int turn = 0; turn < s.turns; ++turn) {
+      producer.open(s.chunks * kLayerTileChunk);
+      producer.copy(0, s.map, 0, (tile - s.first_tile) * 2, turn);
+      producer.close();
+    }
+  }
+}
+
+__device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, uint32_t routed_parity,
+                                                LayerProducer& producer) {
+  const LayerRouting& routing = producer.shared.routing;
+  const int turns = p.turns;
+  const int routed_map = p.routed.map;
+  const int rows = 2 * p.routed.width;
+  const uint32_t bytes = p.chunks * kLayerTileChunk;
+  int index = blockIdx.x;
+  const auto fetch = [&](int map, int row) {
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+      producer.open(bytes);
+      producer.copy(0, map, row, 0, turn);
+      producer.close();
+    }
+    index += gridDim.x;
+  };
+  while (is_shared(p, UnitPlace(p, index).entry)) fetch(p.shared.map, UnitPlace(p, index).tile * kUnitRows);
+  barrier_wait(shared_address(&producer.shared.routed), routed_parity);
+  const int tiles = routing.entries << p.log_tiles;
+#pragma unroll 1
+  while (index < tiles) {
+    const UnitPlace unit(p, index);
+    fetch(routed_map, routing.expert[unit.entry] * rows + unit.tile * kUnitRows);
+  }
+}
+
+__device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& producer) {
+  const LayerRouting& routing = producer.shared.routing;
+  const int entries_per_slot = kLayerWarps >> p.log_chunks;
+  for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x) {
+    for (int entry = 0; entry < routing.entries; entry += entries_per_slot) {
+      const int count = min(entries_per_slot, routing.entries - entry);
+      producer.open((count << p.log_chunks) * kLayerTileChunk);
+      for (int i = 0; i < count; ++i) {
+        const bool shared = entry + i == 0 && p.shared.width > 0;
+        const int expert = shared ? 0 : routing.expert[entry + i];
+        producer.copy(i << p.log_chunks, shared ? p.shared.map : p.routed.map, 0,
+                      (expert * p.hidden + tile * kLayerTileRows) / 8, 0);
+      }
+      producer.close();
+    }
+  }
+}
+
+__device__ __forceinline__ void produce(const LayerProgram& program, LayerShared& shared, uint32_t ring) {
+  LayerProducer producer = {program, shared, ring, {}};
+  uint32_t routed_parity = 0;
+#pragma unroll 1
+  for (int i = 0; i < program.phase_count; ++i) {
+    const LayerPhase& phase = shared.phases[i];
+    switch (phase.kind) {
+      case LayerPhaseKind::kProject:
+        produce_project(phase.project, producer);
+        break;
+      case LayerPhaseKind::kGateUp:
+        produce_gate_up(phase.gate_up, routed_parity, producer);
+        routed_parity ^= 1;
+        break;
+      case LayerPhaseKind::kDown:
+        produce_down(phase.down, producer);
+        break;
+      case LayerPhaseKind::kMixer:
+      case LayerPhaseKind::kRouter:
+        break;
+    }
+  }
+}
+
+// ---- the warp that chooses experts ----
+
+__device__ __forceinline__ unsigned launch_number(const LayerProgram& program) {
+  return load_word(reinterpret_cast<const uint2*>(program.counters)).x + 1;
+}
+
+template <int kKeys>
+__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared) {
+  wait_for_predecessor();
+  const unsigned launch = launch_number(program);
+#pragma unroll 1
+  for (int i = 0; i < program.phase_count; ++i) {
+    const LayerPhase& phase = shared.phases[i];
+    if (phase.kind != LayerPhaseKind::kGateUp) continue;
+    // Until the block works on the router's projection, the phase before; the choice before is used up by then.
+    while (*reinterpret_cast<volatile int*>(&shared.phase) < i - 1) __nanosleep(100);
+    route_row<kKeys>(phase.gate_up, shared, launch);
+  }
+}
+
+// ---- the warps that compute ----
+
+// x of this thread's element, as add_to_residual() takes it.
+template <int kRows>
+__device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
+  constexpr int kOutputs = kLayerTileRows * kRows;
+  const int tile = blockIdx.x + threadIdx.x / kOutputs * gridDim.x;
+  const int t = threadIdx.x % kOutputs / kLayerTileRows;
+  if (tile * kLayerTileRows >= program.hidden || t >= program.rows) return nullptr;
+  return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
+}
+
+template <bool kFp8, int kRows, int kKeys>
+__device__ __forceinline__ void consume(LayerConsumer& c) {
+  const LayerProgram& program = c.program;
+  wait_for_predecessor();
+  allow_successor();
+  c.launch = launch_number(program);
+  bf16* const x = residual_element<kRows>(program);
+  if (x != nullptr) c.residual = __bfloat162float(*x);
+#pragma unroll 1
+  for (int i = 0; i < program.phase_count; ++i) {
+    const LayerPhase& phase = c.shared.phases[i];
+    if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
+    c.mark(0);
+    switch (phase.kind) {
+      case LayerPhaseKind::kProject:
+        consume_project<kFp8, kRows>(phase.project, c);
+        break;
+      case LayerPhaseKind::kMixer:
+        consume_mixer<kRows>(phase.mixer, c);
+        break;
+      case LayerPhaseKind::kRouter:
+        consume_router<kFp8, kRows>(phase.router, c);
+        break;
+      case LayerPhaseKind::kGateUp:
+        consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
+        break;
+      case LayerPhaseKind::kDown:
+        consume_down<kFp8, kRows>(phase.down, c);
+        break;
+    }
+#ifdef TOKENSPEED_LAYER_CLOCKS
+    if (threadIdx.x == 0 && program.phase_count == 23) {
+      for (int m = 0; m < 5; ++m) layer_clocks[(i * 8 + m) * 132 + blockIdx.x] = c.shared.clocks[m];
+    }
+#endif
+  }
+  if (program.updates_x && x != nullptr) *x = __float2bfloat16_rn(c.residual);
+  // The last block to come counts the launch; by then all have read the number.
+  if (threadIdx.x == 0 && atomicAdd(program.counters + 1, 1u) + 1 == gridDim.x) {
+    program.counters[1] = 0;
+    program.counters[0] = c.launch;
+  }
+}
+
+static_assert(offsetof(LayerShared, empty) == offsetof(LayerShared, full) + kLayerMaxSlots * 8, "LayerConsumer");
+static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so much for it");
+
+// A block of kLayerThreads. kKeys: experts of a lane in the router's choice.
+template <bool kFp8, int kRows, int kKeys>
+__device__ __forceinline__ void run_layers(const LayerProgram& program) {
+  uint8_t* const memory = dynamic_shared();
+  const int thread = threadIdx.x;
+  uint8_t* const staged = memory + program.slots * kLayerSlotBytes;
+  uint8_t* const partial = staged + kLayerWarps * program.staged_bytes;
+  LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + 2 * program.partial_bytes);
+  if (thread == 0) {
+    for (int i = 0; i < program.slots; ++i) {
+      barrier_init(shared_address(&shared.full[i]), 1);
+      barrier_init(shared_address(&shared.empty[i]), kLayerWarps * kWarpArrivals);
+    }
+    barrier_init(shared_address(&shared.routed), 1);
+    barrier_init(shared_address(&shared.weighted), 1);
+    shared.phase = -1;
+    publish_barriers();
+  }
+  const int words = program.phase_count * static_cast<int>(sizeof(LayerPhase) / 4);
+  for (int i = thread; i < words; i += kLayerThreads) {
+    reinterpret_cast<uint32_t*>(shared.phases)[i] = reinterpret_cast<const uint32_t*>(program.phases)[i];
+  }
+  for (int i = thread; i < program.map_count; i += kLayerThreads) prefetch_map(program.maps[i]);
+  if (program.batch.token_begin != nullptr) {
+    if (thread <= program.batch.sequences) shared.token_begin[thread] = program.batch.token_begin[thread];
+    if (thread < program.batch.sequences) {
+      shared.state_in[thread] = program.batch.state_in[thread];
+      shared.state_out[thread] = program.batch.state_out[thread];
+    }
+  }
+  __syncthreads();
+  const int warp = __shfl_sync(~0u, thread / kWarp, 0);  // so that the compiler knows that it is the warp's
+  if (warp == kLayerWarps) {
+    if (thread == kLayerConsumers) produce(program, shared, shared_address(memory));
+    return;
+  }
+  if (warp > kLayerWarps) {
+    if constexpr (kRows == 1) choose<kKeys>(program, shared);
+    return;
+  }
+  LayerConsumer c = {program,
+                     shared,
+                     warp,
+                     program.rows,
+                     program.slots,
+                     shared_address(shared.full),
+                     shared_address(memory) + warp * kLayerTileChunk,
+                     staged + warp * program.staged_bytes,
+                     reinterpret_cast<float*>(partial)};
+  consume<kFp8, kRows, kKeys>(c);
+}
+
+}  // namespace tokenspeed::kernels::cuda

@@ -1,0 +1,262 @@
+// The Gated DeltaNet mixer as a phase: convolution, l2norm, gates and rule. A task is 32 state rows of one value head of
+// one sequence; 16 lanes per row:
+//
+//      state row (value dim):  | lane 0: k 0..3, 64..67 | lane 1: k 4..7, 68..71 | ... | lane 15 |
+//
+// The gated norm is over a head, whose rows lie on four blocks: they hand on o * weight * silu(z) and their sums of o^2,
+// and whoever reads the head divides (HeadNorms). The conv tails, which several blocks read, are written in the phase
+// after, when all of the mixer's results have been read.
+#pragma once
+
+#include "kernels/cuda/decode_layers.cuh"
+
+namespace tokenspeed::kernels::cuda {
+
+inline constexpr int kMixerDim = 128;
+inline constexpr int kMixerRows = 32;  // per task
+inline constexpr int kMixerParts = kMixerDim / kMixerRows;
+inline constexpr int kMixerLanes = kLayerConsumers / kMixerRows;
+inline constexpr int kMixerTaps = 4;
+inline constexpr int kMixerItems = 2 * kMixerDim + kMixerRows;  // channels a task convolves
+
+struct MixerTask {
+  int sequence;
+  int head;
+  int key_head;
+  int part;
+
+  __device__ MixerTask(const MixerPhase& p, int task) : sequence(0), part(task % kMixerParts) {
+    // Subtractions, as divisions by what is known at run time only are long.
+    for (head = task / kMixerParts; head >= p.value_heads; head -= p.value_heads) ++sequence;
+    key_head = head >> p.log_group;
+  }
+  // Of item: 0..127 q, 128..255 k, then the task's value rows.
+  __device__ int channel(const MixerPhase& p, int item) const {
+    if (item < kMixerDim) return key_head * kMixerDim + item;
+    if (item < 2 * kMixerDim) return p.key_heads * kMixerDim + key_head * kMixerDim + item - kMixerDim;
+    return 2 * p.key_heads * kMixerDim + head * kMixerDim + part * kMixerRows + item - 2 * kMixerDim;
+  }
+  // Of this thread's first four values; the others are 256 bytes on.
+  __device__ int64_t state_offset() const {
+    const int row = head * kMixerDim + part * kMixerRows + threadIdx.x / kMixerLanes;
+    return static_cast<int64_t>(row) * kMixerDim * 4 + threadIdx.x % kMixerLanes * 16;
+  }
+};
+__device__ __forceinline__ int mixer_channels(const MixerPhase& p) {
+  return (2 * p.key_heads + p.value_heads) * kMixerDim;
+}
+
+struct MixerStaged {
+  float q[kDecodeTokens][kMixerDim];
+  float k[kDecodeTokens][kMixerDim];
+  float v[kDecodeTokens][kMixerRows];
+  float decay[kDecodeTokens];
+  float beta[kDecodeTokens];
+};
+
+// What a thread knows before the projections: its state values, and its channel's tail.
+struct MixerAhead {
+  float4 state[2] = {};
+  float4 weight = {};
+  float tail[kMixerTaps - 1] = {};
+  float minus_rate = 0;
+  float dt_bias = 0;
+  float2 norm = {};  // weights of the warp's two rows
+
+  __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task) {
+    const int item = threadIdx.x;
+    const int slot = shared.state_in[task.sequence];
+    if (slot >= 0) {
+      const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset();
+      state[0] = __ldcg(reinterpret_cast<const float4*>(from));
+      state[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
+    } else {
+      state[0] = {};
+      state[1] = {};
+    }
+    minus_rate = -__expf(p.a_log[task.head]);
+    dt_bias = p.dt_bias[task.head];
+    norm = *reinterpret_cast<const float2*>(p.norm_weight + task.part * kMixerRows + item / kWarp * 2);
+    if (item >= kMixerItems) return;
+    const int channel = task.channel(p, item);
+    weight = *reinterpret_cast<const float4*>(p.conv_weight + channel * kMixerTaps);
+    const bf16* const tails = reinterpret_cast<const bf16*>(p.conv + slot * p.slot_stride) + channel;
+#pragma unroll
+    for (int j = 0; j < kMixerTaps - 1; ++j) {
+      const unsigned short* const from = reinterpret_cast<const unsigned short*>(tails + j * mixer_channels(p));
+      tail[j] = slot >= 0 ? bf16_low(__ldcg(from)) : 0.0f;
+    }
+  }
+};
+
+__device__ __forceinline__ float half_of(uint32_t pair, int index) {
+  return index % 2 == 0 ? bf16_low(pair) : bf16_high(pair);
+}
+
+// The channels' convolutions and the head's gates, for all tokens of the sequence.
+template <int kRows>
+__device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerConsumer& c, MixerAhead& ahead,
+                                               const MixerTask& task, int begin, int tokens, MixerStaged& s) {
+  const int item = threadIdx.x;
+  if (c.warp >= kMixerItems / kWarp) {
+    // Warp 9's lanes have a token each.
+    static_assert(kMixerItems % kWarp == 0, "whole warps");
+    const int t = item - kMixerItems;
+    const int64_t at = (static_cast<int64_t>(begin + t) * p.value_heads + task.head) / 2;
+    float gate[2] = {};
+    gather_words<2>(c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
+                    [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
+    if (t >= tokens) return;
+    const float a = gate[1] + ahead.dt_bias;
+    const float softplus = a > 20.0f ? a : __logf(1.0f + __expf(a));
+    s.beta[t] = sigmoid(gate[0]);
+    s.decay[t] = __expf(ahead.minus_rate * softplus);
+    return;
+  }
+  const int channel = task.channel(p, item);
+  const uint2* const from = p.qkv + (static_cast<int64_t>(begin) * mixer_channels(p) + channel) / 2;
+  float* const to = item < kMixerDim       ? &s.q[0][item]
+                    : item < 2 * kMixerDim ? &s.k[0][item - kMixerDim]
+                                           : &s.v[0][item - 2 * kMixerDim];
+  const int stride = item < 2 * kMixerDim ? kMixerDim : kMixerRows;
+  gather_words<kRows>(
+      c.launch, tokens, [&](int t) { return from + static_cast<int64_t>(t) * (mixer_channels(p) / 2); },
+      [&](int t, uint32_t pair) {
+        const float u = half_of(pair, channel);
+        const float4& w = ahead.weight;
+        to[t * stride] = silu(w.x * ahead.tail[0] + w.y * ahead.tail[1] + w.z * ahead.tail[2] + w.w * u);
+        ahead.tail[0] = ahead.tail[1];
+        ahead.tail[1] = ahead.tail[2];
+        ahead.tail[2] = u;
+      });
+}
+
+__device__ __forceinline__ float dot4(const float4& a, const float4& b) {
+  return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+}
+
+// The rule for one token on this thread's eight state values; returns o of the thread's row.
+__device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 (&state)[2]) {
+  const int row = threadIdx.x / kMixerLanes;
+  const int part = threadIdx.x % kMixerLanes;
+  float4 k[2];
+  float sk = 0, sq = 0, kk = 0, qq = 0, kq = 0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    k[j] = *reinterpret_cast<const float4*>(&s.k[t][j * 64 + part * 4]);
+    const float4 q = *reinterpret_cast<const float4*>(&s.q[t][j * 64 + part * 4]);
+    sk += dot4(state[j], k[j]);
+    sq += dot4(state[j], q);
+    kk += dot4(k[j], k[j]);
+    qq += dot4(q, q);
+    kq += dot4(k[j], q);
+  }
+#pragma unroll
+  for (int offset = 1; offset < kMixerLanes; offset *= 2) {
+    sk += __shfl_xor_sync(~0u, sk, offset);
+    sq += __shfl_xor_sync(~0u, sq, offset);
+    kk += __shfl_xor_sync(~0u, kk, offset);
+    qq += __shfl_xor_sync(~0u, qq, offset);
+    kq += __shfl_xor_sync(~0u, kq, offset);
+  }
+  const float scale_q = rsqrtf(qq + 1e-6f) * 0.08838834764831845f;  // 1 / sqrt(128)
+  const float scale_k = rsqrtf(kk + 1e-6f);
+  const float decay = s.decay[t];
+  const float delta = s.beta[t] * (s.v[t][row] - decay * sk * scale_k);
+  const float step = delta * scale_k;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    state[j].x = decay * state[j].x + step * k[j].x;
+    state[j].y = decay * state[j].y + step * k[j].y;
+    state[j].z = decay * state[j].z + step * k[j].z;
+    state[j].w = decay * state[j].w + step * k[j].w;
+  }
+  return round_bf16(decay * sq * scale_q + delta * kq * scale_q * scale_k);
+}
+
+template <int kRows>
+__device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer& c) {
+  static_assert(sizeof(MixerStaged) <= layer_batch_tiles(kRows) * layer_tile_floats(kRows) * 4, "part sums' buffer");
+  MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer());
+  const int lane = threadIdx.x % kWarp;
+  const int warp = c.warp;
+  const int tasks = c.program.batch.sequences * p.value_heads * kMixerParts;
+#pragma unroll 1
+  for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
+    const MixerTask task(p, index);
+    MixerAhead ahead;
+    ahead.fetch(p, c.shared, task);
+    const int begin = c.shared.token_begin[task.sequence];
+    const int tokens = c.shared.token_begin[task.sequence + 1] - begin;
+    mixer_convolve<kRows>(p, c, ahead, task, begin, tokens, s);
+    // The gates of the warp's two rows, of token `lane`.
+    const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
+    uint32_t z = 0;
+    gather_words<1>(c.launch, lane < tokens,
+                    [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
+                    [&](int, uint32_t pair) { z = pair; });
+    c.mark(1);
+    consumer_barrier();
+    c.mark(2);
+#pragma unroll 1
+    for (int t = 0; t < tokens; ++t) {
+      const float o = mixer_rule(s, t, ahead.state);
+      const float second = __shfl_sync(~0u, o, kMixerLanes);
+      const uint32_t gates = __shfl_sync(~0u, z, t);
+      if (lane != 0) continue;
+      store_word(p.o + static_cast<int64_t>(begin + t) * p.value_heads * 64 + pair_at,
+                 pack_bf16(o * ahead.norm.x * silu(bf16_low(gates)), second * ahead.norm.y * silu(bf16_high(gates))),
+                 c.launch);
+      c.shared.mixer_squares[t][warp] = o * o + second * second;
+    }
+    c.mark(3);
+    consumer_barrier();
+    if (threadIdx.x < tokens) {
+      const float sum = add_parts(c.shared.mixer_squares[threadIdx.x]);
+      store_word(p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts +
+                     task.part,
+                 __float_as_uint(sum), c.launch);
+    }
+    if (tokens > 0) {
+      std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
+      *reinterpret_cast<float4*>(to) = ahead.state[0];
+      *reinterpret_cast<float4*>(to + 256) = ahead.state[1];
+    }
+  }
+  c.mark(4);
+  ++c.batch;
+}
+
+// The last three inputs of every channel, to the conv state. All blocks must have read the tails before, which the
+// caller knows when it has all of the mixer's results. Two channels per thread.
+__device__ __forceinline__ void store_tails(const MixerPhase& p, const LayerConsumer& c) {
+  const int channels = mixer_channels(p);
+  const int pairs = channels / 2;
+  const int all = c.program.batch.sequences * pairs;
+  // The last warps, as the first have the sums to add.
+  const int first_warp = (kLayerWarps - 1 - c.warp) * gridDim.x + blockIdx.x;
+#pragma unroll 1
+  for (int index = first_warp * kWarp + threadIdx.x % kWarp; index < all; index += gridDim.x * kLayerConsumers) {
+    int sequence = 0;
+    int pair = index;
+    for (; pair >= pairs; pair -= pairs) ++sequence;
+    const int begin = c.shared.token_begin[sequence];
+    const int tokens = c.shared.token_begin[sequence + 1] - begin;
+    if (tokens == 0) continue;
+    const int slot = c.shared.state_in[sequence];
+    const uint32_t* const old = reinterpret_cast<const uint32_t*>(p.conv + slot * p.slot_stride) + pair;
+    uint32_t tail[kMixerTaps - 1];
+#pragma unroll
+    for (int j = 0; j < kMixerTaps - 1; ++j) {
+      const int t = tokens - (kMixerTaps - 1) + j;
+      tail[j] = t >= 0      ? load_word(p.qkv + static_cast<int64_t>(begin + t) * pairs + pair).x
+                : slot >= 0 ? __ldcg(old + (kMixerTaps - 1 + t) * pairs)
+                            : 0;
+    }
+    uint32_t* const to = reinterpret_cast<uint32_t*>(p.conv + c.shared.state_out[sequence] * p.slot_stride) + pair;
+#pragma unroll
+    for (int j = 0; j < kMixerTaps - 1; ++j) to[j * pairs] = tail[j];
+  }
+}
+
+}  // namespace tokenspeed::kernels::cuda
