@@ -34,15 +34,20 @@ void clear(SequenceResult* result) {
 }  // namespace
 
 Status CpuRunner::submit(std::span<const SequenceStep> sequences) {
-  if (in_flight_) return internal_error("a step was submitted before the last one was waited for");
-  TS_RETURN_IF_ERROR(batch_->assign(sequences));
-  results_.resize(sequences.size());
-  for (SequenceResult& result : results_) clear(&result);
+  if (in_flight_ == capacity_.steps_in_flight) return too_many_steps(in_flight_);
+  TS_RETURN_IF_ERROR(batch_->assign(sequences, sampled_));
+  std::vector<SequenceResult>& results = results_[in_flight_];
+  results.resize(sequences.size());
+  for (SequenceResult& result : results) clear(&result);
   const CpuProgram& program = batch_->batch().tokens <= small_.program().tokens ? small_ : large_;
   program.run_body(rank_, step());
   last_ = &program;
-  run_head(program, sequences);
-  in_flight_ = true;
+  run_head(program, sequences, results.data());
+  sampled_.clear();
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    sampled_.push_back(sequences[i].sample ? std::max(results[i].token, 0) : StepBatch::kNotSampled);
+  }
+  ++in_flight_;
   return {};
 }
 
@@ -66,13 +71,14 @@ Result<std::vector<LaunchTime>> CpuRunner::profile(std::span<const SequenceStep>
 }
 
 Status CpuRunner::wait(std::vector<SequenceResult>* results) {
-  if (!in_flight_) return internal_error("waited for a step that was not submitted");
-  in_flight_ = false;
-  results->swap(results_);
+  if (in_flight_ == 0) return internal_error("waited for a step that was not submitted");
+  --in_flight_;
+  results->swap(results_[0]);
+  results_[0].swap(results_[1]);
   return {};
 }
 
-void CpuRunner::run_head(const CpuProgram& program, std::span<const SequenceStep> sequences) {
+void CpuRunner::run_head(const CpuProgram& program, std::span<const SequenceStep> sequences, SequenceResult* results) {
   list_wanted_rows(sequences, &wanted_);
   wanted_rows_.clear();
   for (const WantedRow& row : wanted_) {
@@ -85,13 +91,13 @@ void CpuRunner::run_head(const CpuProgram& program, std::span<const SequenceStep
     head.wanted = wanted_rows_.data() + begin;
     head.wanted_count = static_cast<int32_t>(end - begin);
     program.run_head(rank_, head);
-    finish_rows(program, sequences, begin, end);
+    finish_rows(program, sequences, begin, end, results);
   }
 }
 
 // Rows of one sequence are finished in order, sequences side by side.
 void CpuRunner::finish_rows(const CpuProgram& program, std::span<const SequenceStep> sequences, size_t begin,
-                            size_t end) {
+                            size_t end, SequenceResult* results) {
   sequence_begins_.clear();
   for (size_t i = begin; i < end; ++i) {
     if (i == begin || wanted_[i].sequence != wanted_[i - 1].sequence) sequence_begins_.push_back(i);
@@ -103,7 +109,7 @@ void CpuRunner::finish_rows(const CpuProgram& program, std::span<const SequenceS
       const WantedRow& row = wanted_[i];
       const kernels::Rows logits = program.rows(rank_, program.program().logits, static_cast<int64_t>(i - begin));
       finish_row(row, sequences[row.sequence], static_cast<const float*>(logits.data), capacity_.vocabulary_size,
-                 &results_[row.sequence]);
+                 &results[row.sequence]);
     }
   });
 }

@@ -1,7 +1,9 @@
 // The Runner of one CPU: executes a model's Programs on a pool of threads.
 //
 // Two Programs share weights, caches and arena: one for steps of few rows (decoding), one for the greatest step. Both
-// hold the same operations; the smaller one's values lie close together. submit() computes; wait() only hands over.
+// hold the same operations; the smaller one's values lie close together. submit() computes; wait() only hands over. So
+// nothing is gained by a second step in flight, which would only keep back the tokens of the first; and such a step may
+// follow any other.
 // Invariant: a row's bits do not depend on the other rows of the step, the number of threads, or the chunking of
 // prompts.
 #pragma once
@@ -36,6 +38,7 @@ struct CpuRunnerOptions {
   int32_t pages = 0;               // KV pages; 0: as many as kv_bytes hold
   int64_t kv_bytes = 0;            // 0: half of the free memory, at most what max_sequences full sequences need
   int32_t state_slots = 0;         // 0: max_sequences
+  int32_t steps_in_flight = 1;     // 2: for tests of what plans ahead
   bool reference_kernels = false;  // the plain kernels, one thread: for comparison
   compile::PassOptions passes;
 };
@@ -54,7 +57,7 @@ class CpuRunner : public Runner {
   Status wait(std::vector<SequenceResult>* results) override;
 
   // Runs the step like submit() and wait(), with the time of every operation; last, without parts, that of sampling
-  // and everything else.
+  // and everything else. No step may be in flight.
   Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
                                           std::vector<SequenceResult>* results);
 
@@ -86,8 +89,9 @@ class CpuRunner : public Runner {
             .token_ids = batch_->token_ids(),
             .seconds = operation_seconds_.empty() ? nullptr : operation_seconds_.data()};
   }
-  void run_head(const CpuProgram& program, std::span<const SequenceStep> sequences);
-  void finish_rows(const CpuProgram& program, std::span<const SequenceStep> sequences, size_t begin, size_t end);
+  void run_head(const CpuProgram& program, std::span<const SequenceStep> sequences, SequenceResult* results);
+  void finish_rows(const CpuProgram& program, std::span<const SequenceStep> sequences, size_t begin, size_t end,
+                   SequenceResult* results);
 
   Capacity capacity_;
   std::unique_ptr<ThreadPool> pool_;
@@ -102,9 +106,10 @@ class CpuRunner : public Runner {
   std::vector<WantedRow> wanted_;
   std::vector<int32_t> wanted_rows_;
   std::vector<size_t> sequence_begins_;
-  std::vector<SequenceResult> results_;
-  std::vector<double> operation_seconds_;  // of the step being profiled; else empty
-  bool in_flight_ = false;
+  int32_t in_flight_ = 0;
+  std::vector<SequenceResult> results_[kMostStepsInFlight];  // of the steps in flight, the oldest first
+  std::vector<int32_t> sampled_;                             // of the last step, for StepBatch::assign
+  std::vector<double> operation_seconds_;                    // of the step being profiled; else empty
 };
 
 }  // namespace tokenspeed::runtime

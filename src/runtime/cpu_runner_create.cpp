@@ -37,6 +37,9 @@ Status check_options(const CpuRunnerOptions& options) {
   if (options.threads < 0 || options.pages < 0 || options.kv_bytes < 0 || options.state_slots < 0) {
     return invalid_argument("threads, KV pages, KV bytes and state slots must not be negative");
   }
+  if (options.steps_in_flight < 1 || options.steps_in_flight > kMostStepsInFlight) {
+    return invalid_argument("a runner has 1 or 2 steps in flight, not " + std::to_string(options.steps_in_flight));
+  }
   if (options.reference_kernels || kernels::cpu::supported()) return {};
   return failed_precondition("this CPU has no AVX2 with FMA, which the kernels need; use another machine");
 }
@@ -128,6 +131,7 @@ Status CpuRunner::allocate(const CpuRunnerOptions& options) {
   capacity_.max_sequences = options.max_sequences;
   capacity_.max_model_length = options.max_model_length;
   capacity_.vocabulary_size = static_cast<int32_t>(program.vocabulary_size);
+  capacity_.steps_in_flight = options.steps_in_flight;
   TS_ASSIGN_OR_RETURN(capacity_.pages, choose_pages(options, program.kv.bytes_per_position()));
   TS_ASSIGN_OR_RETURN(caches_, CpuCaches::allocate(program.kv, program.state, capacity_.pages, capacity_.page_size,
                                                    capacity_.state_slots));
@@ -141,7 +145,7 @@ Status CpuRunner::allocate(const CpuRunnerOptions& options) {
   TS_ASSIGN_OR_RETURN(workspace_, HostMemory::allocate(workspace, "the kernels' workspace"));
   rank_ = {arena_.data(), workspace_.data(), &caches_, pool_.get(), options.reference_kernels};
   batch_.emplace(capacity_);
-  results_.resize(static_cast<size_t>(capacity_.max_sequences));
+  for (auto& results : results_) results.resize(static_cast<size_t>(capacity_.max_sequences));
   return {};
 }
 

@@ -3,8 +3,10 @@
 // A Runner executes one Program per shape class on one device. The engine (host, logical) decides which sequences run
 // and which pages and slots they read and write; the Runner owns the physical pages and slots, the weights and the
 // logits. Invariant: a step's result for one sequence does not depend on the others in it (bit for bit on the CPU).
-// submit() and wait() are split so that a device can work while the host plans; at most one step is in flight. The CPU
-// runner computes inside submit().
+// submit() and wait() are split so that a device can work while the host plans. Capacity::steps_in_flight says how many
+// steps may be submitted before the first of them is waited for; steps run, and are waited for, in the order of
+// submit(). A sequence can go on in a step before the host knows the token that the step before it gives: token_from
+// names that token, which then stays on the device.
 #pragma once
 
 #include <cstdint>
@@ -31,9 +33,13 @@ struct SamplingParameters {
   int32_t prompt_logprobs = -1;
 };
 
-// One sequence's share of a step. Spans must stay valid until wait() returns.
+// One sequence's share of a step. Spans and pointers must stay valid until the step's wait() returns.
 struct SequenceStep {
-  std::span<const int32_t> tokens;               // new tokens, at positions [context, context + tokens.size())
+  std::span<const int32_t> tokens;  // new tokens, at positions [context, context + tokens.size())
+  // Not below 0: the one new token is what the step submitted before this one samples for its sequence of this index.
+  // `tokens` has length 1 and is not read. When that sequence fails, so that there is no token, the step runs with some
+  // token in its place, and the result means nothing.
+  int32_t token_from = -1;
   int32_t context = 0;                           // tokens already in the caches
   std::span<const int32_t> pages;                // KV pages covering [0, context + tokens.size())
   int32_t state_in = -1;                         // state slot read; -1: the zero state
@@ -48,6 +54,16 @@ struct SequenceStep {
   std::span<const int32_t> next_tokens;
   float* logits_out = nullptr;  // tests only: [tokens.size(), vocabulary_size] raw logits of every row, or null
 };
+
+// Whether a device can finish the sequence's rows by itself. What needs the history, log probabilities or a choice of
+// tokens is worked out by the host.
+inline bool finishes_on_device(const SequenceStep& step) {
+  if (step.logits_out || !step.next_tokens.empty()) return false;
+  if (!step.sample) return true;
+  const SamplingParameters& sampling = *step.sampling;
+  return sampling.logprobs < 0 && sampling.repetition_penalty == 1.0f && sampling.presence_penalty == 0.0f &&
+         sampling.frequency_penalty == 0.0f && sampling.logit_bias.empty() && step.allowed_tokens.empty();
+}
 
 struct TokenLogprobs {
   int32_t token = 0;
@@ -72,16 +88,19 @@ struct Capacity {
   int32_t max_sequences = 0;     // sequences of one step
   int32_t max_model_length = 0;  // positions a sequence may reach
   int32_t vocabulary_size = 0;
+  int32_t steps_in_flight = 1;  // 1 or 2
 };
+inline constexpr int32_t kMostStepsInFlight = 2;
 
 class Runner {
  public:
   virtual ~Runner() = default;
   virtual const Capacity& capacity() const = 0;
   // Starts a step over `sequences` (1..max_sequences, their tokens together <= max_step_tokens). An error is a fault of
-  // the device or a misuse; all sequences of the step are then lost.
+  // the device or a misuse; all sequences of the step are then lost. Misuses are a step too many, and a step behind one
+  // of which finishes_on_device() does not hold for every sequence: that one must have been waited for.
   virtual Status submit(std::span<const SequenceStep> sequences) = 0;
-  // Waits for the step and fills one result per sequence, in order.
+  // Waits for the oldest step in flight and fills one result per sequence, in order.
   virtual Status wait(std::vector<SequenceResult>* results) = 0;
 };
 

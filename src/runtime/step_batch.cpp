@@ -11,7 +11,17 @@ Status refuse(size_t sequence, const std::string& what, int64_t value, int64_t l
                           std::to_string(value) + "; the limit is " + std::to_string(limit));
 }
 
-Status check_sequence(size_t index, const SequenceStep& step, const Capacity& capacity) {
+Status check_token(size_t index, const SequenceStep& step, std::span<const int32_t> sampled) {
+  if (step.tokens.size() != 1)
+    return refuse(index, "a token of the step before and new tokens:", static_cast<int64_t>(step.tokens.size()), 1);
+  const auto from = static_cast<size_t>(step.token_from);
+  if (from < sampled.size() && sampled[from] != StepBatch::kNotSampled) return {};
+  return invalid_argument("sequence " + std::to_string(index) + " of the step wants the token of sequence " +
+                          std::to_string(step.token_from) + " of the step before, which samples none");
+}
+
+Status check_sequence(size_t index, const SequenceStep& step, const Capacity& capacity,
+                      std::span<const int32_t> sampled) {
   const int64_t end = step.context + static_cast<int64_t>(step.tokens.size());
   if (step.tokens.empty()) return refuse(index, "a number of tokens of", 0, capacity.max_step_tokens);
   if (step.context < 0 || end > capacity.max_model_length)
@@ -19,7 +29,8 @@ Status check_sequence(size_t index, const SequenceStep& step, const Capacity& ca
   if (static_cast<int64_t>(step.pages.size()) * capacity.page_size < end) {
     return refuse(index, "positions up to", end, static_cast<int64_t>(step.pages.size()) * capacity.page_size);
   }
-  for (int32_t id : step.tokens) {
+  if (step.token_from >= 0) TS_RETURN_IF_ERROR(check_token(index, step, sampled));
+  for (int32_t id : step.token_from >= 0 ? std::span<const int32_t>() : step.tokens) {
     if (id < 0 || id >= capacity.vocabulary_size) return refuse(index, "the token id", id, capacity.vocabulary_size);
   }
   for (int32_t page : step.pages) {
@@ -45,6 +56,11 @@ Status check_sequence(size_t index, const SequenceStep& step, const Capacity& ca
 
 }  // namespace
 
+Status too_many_steps(int32_t in_flight) {
+  return internal_error("a step was submitted while " + std::to_string(in_flight) +
+                        " in flight had not been waited for");
+}
+
 StepBatch::StepBatch(const Capacity& capacity)
     : capacity_(capacity),
       pages_per_sequence_((capacity.max_model_length + capacity.page_size - 1) / capacity.page_size),
@@ -66,14 +82,14 @@ StepBatch::StepBatch(const Capacity& capacity)
   batch_.state_out = state_out_.data();
 }
 
-Status StepBatch::check(std::span<const SequenceStep> sequences) const {
+Status StepBatch::check(std::span<const SequenceStep> sequences, std::span<const int32_t> sampled) const {
   if (sequences.empty() || sequences.size() > static_cast<size_t>(capacity_.max_sequences)) {
     return invalid_argument("a step has " + std::to_string(sequences.size()) + " sequences; it must have 1 to " +
                             std::to_string(capacity_.max_sequences));
   }
   int64_t tokens = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    TS_RETURN_IF_ERROR(check_sequence(i, sequences[i], capacity_));
+    TS_RETURN_IF_ERROR(check_sequence(i, sequences[i], capacity_, sampled));
     tokens += static_cast<int64_t>(sequences[i].tokens.size());
   }
   if (tokens > capacity_.max_step_tokens) {
@@ -83,8 +99,8 @@ Status StepBatch::check(std::span<const SequenceStep> sequences) const {
   return {};
 }
 
-Status StepBatch::assign(std::span<const SequenceStep> sequences) {
-  TS_RETURN_IF_ERROR(check(sequences));
+Status StepBatch::assign(std::span<const SequenceStep> sequences, std::span<const int32_t> sampled) {
+  TS_RETURN_IF_ERROR(check(sequences, sampled));
   int32_t row = 0;
   for (size_t s = 0; s < sequences.size(); ++s) {
     const SequenceStep& step = sequences[s];
@@ -95,7 +111,7 @@ Status StepBatch::assign(std::span<const SequenceStep> sequences) {
     const size_t pages = std::min(step.pages.size(), static_cast<size_t>(pages_per_sequence_));
     std::copy_n(step.pages.begin(), pages, page_table_.begin() + static_cast<int64_t>(s) * pages_per_sequence_);
     for (size_t i = 0; i < step.tokens.size(); ++i, ++row) {
-      ids_[row] = step.tokens[i];
+      ids_[row] = step.token_from >= 0 ? sampled[step.token_from] : step.tokens[i];
       position_[row] = step.context + static_cast<int32_t>(i);
       sequence_[row] = static_cast<int32_t>(s);
     }

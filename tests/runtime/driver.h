@@ -1,11 +1,13 @@
 // Plays the engine's part towards one Runner for a few sequences: gives them pages and state slots, runs whatever mix
-// of chunks a test asks for, and keeps every row's logits and the tokens.
+// of chunks a test asks for, one step after the other or with a second one submitted ahead, and keeps every row's
+// logits and the tokens.
 #pragma once
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <vector>
 
@@ -44,6 +46,11 @@ class Driver {
     for (size_t s = 0; s < cases_.size(); ++s) {
       sequences_[s].ids = cases_[s].prompt;
       sequences_[s].slot = first_slot + static_cast<int32_t>(s);
+      // Steps in flight write to it and refer to it.
+      const size_t length = cases_[s].prompt.size() + static_cast<size_t>(cases_[s].new_tokens);
+      outputs_[s].logits.reserve(length * static_cast<size_t>(capacity.vocabulary_size));
+      outputs_[s].tokens.reserve(length);
+      sequences_[s].ids.reserve(length);
     }
     for (bool dealt = true; dealt;) {
       dealt = false;
@@ -64,7 +71,7 @@ class Driver {
     if (static_cast<size_t>(sequence.computed) < cases_[s].prompt.size()) {
       return static_cast<int32_t>(cases_[s].prompt.size()) - sequence.computed;
     }
-    return static_cast<int32_t>(outputs_[s].tokens.size()) < cases_[s].new_tokens ? 1 : 0;
+    return static_cast<int32_t>(outputs_[s].tokens.size()) + sequence.expected < cases_[s].new_tokens ? 1 : 0;
   }
   bool done() const {
     for (size_t s = 0; s < cases_.size(); ++s) {
@@ -74,43 +81,31 @@ class Driver {
   }
 
   void step(std::span<const Share> shares) {
-    const int64_t vocabulary = runner_->capacity().vocabulary_size;
-    std::vector<SequenceStep> steps;
-    for (const Share& share : shares) {
-      Sequence& sequence = sequences_[share.sequence];
-      Output& output = outputs_[share.sequence];
-      const Case& given = cases_[share.sequence];
-      const size_t end = static_cast<size_t>(sequence.computed + share.tokens);
-      output.logits.resize(end * static_cast<size_t>(vocabulary));
-      SequenceStep step;
-      step.tokens = std::span<const int32_t>(sequence.ids).subspan(sequence.computed, share.tokens);
-      step.context = sequence.computed;
-      step.pages = sequence.pages;
-      step.state_in = sequence.computed == 0 ? -1 : sequence.slot;
-      step.state_out = sequence.slot;
-      step.sample = end >= given.prompt.size() && given.new_tokens > 0;
-      step.sampling = &given.sampling;
-      step.prompt = given.prompt;
-      step.output = output.tokens;
-      step.logits_out = output.logits.data() + sequence.computed * vocabulary;
-      steps.push_back(step);
-    }
-    ASSERT_TRUE(run(steps));
-    for (size_t i = 0; i < shares.size(); ++i) take(shares[i], steps[i].sample, results_[i]);
+    submit(shares);
+    finish();
+  }
+  // Submits the step, which runs while the one before it is waited for.
+  void step_ahead(std::span<const Share> shares) {
+    submit(shares);
+    if (in_flight_.size() > 1) finish();
+  }
+  // Waits for the oldest step in flight, if there is one.
+  void finish() {
+    if (in_flight_.empty()) return;
+    const Status status = runner_->wait(&results_);
+    ASSERT_TRUE(status.ok()) << status.message();
+    const Submitted step = std::move(in_flight_.front());
+    in_flight_.pop_front();
+    for (size_t i = 0; i < step.shares.size(); ++i) take(step.shares[i], step.steps[i].sample, results_[i]);
   }
 
   // Every sequence in every step, prompts in chunks.
   void run_together(int32_t chunk) {
-    while (!done() && !testing::Test::HasFatalFailure()) {
-      std::vector<Share> shares;
-      int32_t room = runner_->capacity().max_step_tokens;
-      for (size_t s = 0; s < cases_.size() && room > 0; ++s) {
-        const int32_t tokens = std::min({remaining(s), chunk, room});
-        if (tokens > 0) shares.push_back({s, tokens});
-        room -= tokens;
-      }
-      step(shares);
-    }
+    while (!done() && !testing::Test::HasFatalFailure()) step(shares_of_all(chunk));
+  }
+  void run_together_ahead(int32_t chunk) {
+    while (!done() && !testing::Test::HasFatalFailure()) step_ahead(shares_of_all(chunk));
+    finish();
   }
   // One sequence after the other.
   void run_alone(int32_t chunk) {
@@ -132,20 +127,73 @@ class Driver {
     std::vector<int32_t> pages;
     int32_t slot = 0;
     int32_t computed = 0;
+    int32_t expected = 0;     // tokens that steps in flight sample
+    int32_t last_index = -1;  // in the last step submitted
+  };
+  struct Submitted {
+    std::vector<Share> shares;
+    std::vector<SequenceStep> steps;
   };
 
-  testing::AssertionResult run(const std::vector<SequenceStep>& steps) {
-    Status status = runner_->submit(steps);
-    if (status.ok()) status = runner_->wait(&results_);
-    return status.ok() ? testing::AssertionSuccess() : testing::AssertionFailure() << status.message();
+  std::vector<Share> shares_of_all(int32_t chunk) const {
+    std::vector<Share> shares;
+    int32_t room = runner_->capacity().max_step_tokens;
+    for (size_t s = 0; s < cases_.size() && room > 0; ++s) {
+      const int32_t tokens = std::min({remaining(s), chunk, room});
+      if (tokens > 0) shares.push_back({s, tokens});
+      room -= tokens;
+    }
+    return shares;
+  }
+
+  void submit(std::span<const Share> shares) {
+    Submitted& submitted = in_flight_.emplace_back();
+    submitted.shares.assign(shares.begin(), shares.end());
+    for (const Share& share : shares) submitted.steps.push_back(next_step(share));
+    for (Sequence& sequence : sequences_) sequence.last_index = -1;
+    for (size_t i = 0; i < shares.size(); ++i) {
+      Sequence& sequence = sequences_[shares[i].sequence];
+      sequence.computed += shares[i].tokens;
+      sequence.expected += submitted.steps[i].sample ? 1 : 0;
+      sequence.last_index = static_cast<int32_t>(i);
+    }
+    const Status status = runner_->submit(submitted.steps);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  SequenceStep next_step(const Share& share) {
+    static constexpr int32_t kUnknown = 0;
+    const int64_t vocabulary = runner_->capacity().vocabulary_size;
+    const Sequence& sequence = sequences_[share.sequence];
+    Output& output = outputs_[share.sequence];
+    const Case& given = cases_[share.sequence];
+    const size_t end = static_cast<size_t>(sequence.computed + share.tokens);
+    output.logits.resize(end * static_cast<size_t>(vocabulary));
+    SequenceStep step;
+    if (sequence.expected > 0) {
+      step.token_from = sequence.last_index;
+      step.tokens = {&kUnknown, 1};
+    } else {
+      step.tokens = std::span<const int32_t>(sequence.ids).subspan(sequence.computed, share.tokens);
+    }
+    step.context = sequence.computed;
+    step.pages = sequence.pages;
+    step.state_in = sequence.computed == 0 ? -1 : sequence.slot;
+    step.state_out = sequence.slot;
+    step.sample = end >= given.prompt.size() && given.new_tokens > 0;
+    step.sampling = &given.sampling;
+    step.prompt = given.prompt;
+    step.output = output.tokens;
+    step.logits_out = output.logits.data() + sequence.computed * vocabulary;
+    return step;
   }
 
   void take(const Share& share, bool sampled, const SequenceResult& result) {
     Sequence& sequence = sequences_[share.sequence];
     Output& output = outputs_[share.sequence];
-    sequence.computed += share.tokens;
-    output.status = result.status;
-    if (!sampled || !result.status.ok()) return;
+    sequence.expected -= sampled ? 1 : 0;
+    if (output.status.ok()) output.status = result.status;
+    if (!sampled || !output.status.ok()) return;
     EXPECT_GE(result.token, 0);
     output.tokens.push_back(result.token);
     sequence.ids.push_back(result.token);
@@ -155,6 +203,7 @@ class Driver {
   std::vector<Case> cases_;
   std::vector<Sequence> sequences_;
   std::vector<Output> outputs_;
+  std::deque<Submitted> in_flight_;
   std::vector<SequenceResult> results_;
 };
 

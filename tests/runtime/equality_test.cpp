@@ -51,8 +51,14 @@ Drive together(int32_t chunk) {
   return [chunk](Driver* driver) { driver->run_together(chunk); };
 }
 
+// With every step submitted before the one before it is waited for.
+Drive ahead(int32_t chunk) {
+  return [chunk](Driver* driver) { driver->run_together_ahead(chunk); };
+}
+void two_in_flight(CpuRunnerOptions* options) { options->steps_in_flight = 2; }
+
 // Each request starts three steps after the one before it, the last one first.
-void staggered(Driver* driver) {
+void run_staggered(Driver* driver, void (Driver::*run)(std::span<const Share>)) {
   for (int step = 0; !driver->done() && !testing::Test::HasFatalFailure(); ++step) {
     std::vector<Share> shares;
     for (size_t s = driver->outputs().size(); s-- > 0;) {
@@ -60,9 +66,12 @@ void staggered(Driver* driver) {
       const int32_t tokens = std::min(driver->remaining(s), 11);
       if (step >= begin && tokens > 0) shares.push_back({s, tokens});
     }
-    if (!shares.empty()) driver->step(shares);
+    if (!shares.empty()) (driver->*run)(shares);
   }
+  driver->finish();
 }
+void staggered(Driver* driver) { run_staggered(driver, &Driver::step); }
+void staggered_ahead(Driver* driver) { run_staggered(driver, &Driver::step_ahead); }
 
 Options threads(int32_t count) {
   return [count](CpuRunnerOptions* options) { options->threads = count; };
@@ -95,6 +104,9 @@ std::vector<Path> paths() {
       path("batched", 0, unchanged, together(256)),
       path("batched, chunks of 5", 0, unchanged, together(5)),
       path("staggered arrivals", 0, unchanged, staggered),
+      path("two steps in flight", 0, two_in_flight, ahead(256)),
+      path("two steps in flight, chunks of 5", 0, two_in_flight, ahead(5)),
+      path("two steps in flight, staggered arrivals", 0, two_in_flight, staggered_ahead),
       path("one thread", 0, threads(1), together(64)),
       path("three threads", 0, threads(3), together(64)),
       path(
@@ -234,9 +246,13 @@ INSTANTIATE_TEST_SUITE_P(Models, Equality, testing::Values("dense-a", "moe-a", "
 // dense-a has three attention heads.
 INSTANTIATE_TEST_SUITE_P(Models, TensorParallelEquality, testing::Values("moe-a", "moe-b"), model_name);
 
-// Random requests in random steps: any subset, any order in the step, any chunk sizes.
+// Random requests in random steps: any subset, any order in the step, any chunk sizes, ahead of the step before or not.
 RC_GTEST_PROP(EqualityProperty, AnyScheduleGivesTheBitsOfRunningAlone, ()) {
-  static const std::unique_ptr<CpuRunner> runner = make_runner(test_model(random_directory("moe-a")), test_options());
+  static const std::unique_ptr<CpuRunner> runner = [] {
+    CpuRunnerOptions options = test_options();
+    two_in_flight(&options);
+    return make_runner(test_model(random_directory("moe-a")), options);
+  }();
   const int32_t vocabulary = runner->capacity().vocabulary_size;
   std::vector<Case> cases(*rc::gen::inRange<size_t>(1, 5));
   for (Case& next : cases) {
@@ -252,13 +268,15 @@ RC_GTEST_PROP(EqualityProperty, AnyScheduleGivesTheBitsOfRunningAlone, ()) {
   Driver driver(runner.get(), cases);
   while (!driver.done()) {
     std::vector<Share> shares;
+    if (*rc::gen::arbitrary<bool>()) driver.finish();
     for (size_t s = 0; s < cases.size(); ++s) {
       if (driver.remaining(s) == 0 || !*rc::gen::arbitrary<bool>()) continue;
       shares.push_back({s, *rc::gen::inRange<int32_t>(1, driver.remaining(s) + 1)});
     }
     for (size_t i = shares.size(); i > 1; --i) std::swap(shares[i - 1], shares[*rc::gen::inRange<size_t>(0, i)]);
-    if (!shares.empty()) driver.step(shares);
+    if (!shares.empty()) driver.step_ahead(shares);
   }
+  driver.finish();
   RC_ASSERT(driver.outputs() == expected.outputs());
 }
 

@@ -211,6 +211,72 @@ TEST_F(RunnerTest, RefusesWhatItCannotRun) {
   EXPECT_TRUE(runner_->wait(&results).ok());
 }
 
+CpuRunnerOptions two_in_flight() {
+  CpuRunnerOptions options = test_options();
+  options.steps_in_flight = 2;
+  return options;
+}
+
+// Two sequences decode; each step after the first is submitted while the one before it is in flight. Sequences change
+// their places in the step, one comes late.
+TEST(StepsInFlight, TokensGoFromStepToStep) {
+  const TestModel& model = test_model(random_directory("dense-a"));
+  const std::vector<Case> cases = {{{1, 2, 3}, 9}, {{40, 41}, 9}, {{7, 8, 9, 10}, 4}};
+  const auto runner = make_runner(model, two_in_flight());
+  Driver driver(runner.get(), cases);
+  const Share steps[][3] = {{{0, 3}, {1, 2}, {2, 2}}, {{1, 1}, {2, 2}, {0, 1}}, {{2, 1}, {0, 1}, {1, 1}}};
+  for (const auto& step : steps) driver.step_ahead(step);
+  driver.run_together_ahead(1);
+  Driver expected(runner.get(), cases);
+  expected.run_alone(256);
+  EXPECT_EQ(driver.outputs(), expected.outputs());
+}
+
+TEST(StepsInFlight, AFailedSequenceEndsAloneThoughItsNextStepRuns) {
+  const TestModel& model = test_model(random_directory("moe-a"));
+  const PoisonedSource source(*model.source, kPoisoned, std::numeric_limits<float>::quiet_NaN());
+  const auto runner = must(CpuRunner::create(model.graph, source, two_in_flight()));
+  Driver expected(runner.get(), kHealthy);
+  expected.run_together(4);
+  Driver driver(runner.get(), {kHealthy[0], kSick, kHealthy[1]});
+  driver.run_together_ahead(4);
+  EXPECT_EQ(driver.outputs()[0], expected.outputs()[0]);
+  EXPECT_EQ(driver.outputs()[2], expected.outputs()[1]);
+  EXPECT_TRUE(driver.outputs()[1].tokens.empty());
+  EXPECT_EQ(driver.outputs()[1].status.code(), StatusCode::kInternal);
+}
+
+TEST(StepsInFlight, RefusesATokenThatIsNotThereAndAStepTooMany) {
+  const auto runner = make_runner(test_model(random_directory("dense-a")), two_in_flight());
+  const SamplingParameters greedy = {.temperature = 0};
+  const std::vector<int32_t> tokens = {3, 4}, pages = {0};
+  const SequenceStep first = {.tokens = tokens, .pages = pages, .sample = true, .sampling = &greedy};
+  SequenceStep next = first;
+  next.token_from = 0;
+  next.tokens = std::span(tokens).first(1);
+  next.context = 2;
+  next.state_in = 0;
+  const auto refused = [&](const SequenceStep& step, const std::string& words) {
+    const Status status = runner->submit({&step, 1});
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_NE(status.message().find(words), std::string::npos) << status.message();
+  };
+  refused(next, "the token of sequence 0");
+  ASSERT_TRUE(runner->submit({&first, 1}).ok());
+  SequenceStep wrong = next;
+  wrong.token_from = 1;
+  refused(wrong, "the token of sequence 1");
+  wrong = next;
+  wrong.tokens = tokens;
+  refused(wrong, "new tokens");
+  ASSERT_TRUE(runner->submit({&next, 1}).ok());
+  EXPECT_EQ(runner->submit({&next, 1}).code(), StatusCode::kInternal);
+  std::vector<SequenceResult> results;
+  EXPECT_TRUE(runner->wait(&results).ok());
+  EXPECT_TRUE(runner->wait(&results).ok());
+  EXPECT_EQ(runner->wait(&results).code(), StatusCode::kInternal);
+}
+
 void expect_no_runner(const CpuRunnerOptions& options, StatusCode code, const std::string& words) {
   const TestModel& model = test_model(random_directory("dense-a"));
   const auto runner = CpuRunner::create(model.graph, *model.source, options);
@@ -232,6 +298,9 @@ TEST(RunnerOptions, AreChecked) {
   options = test_options();
   options.pages = 3;
   expect_no_runner(options, StatusCode::kResourceExhausted, "--max-model-len 1024");
+  options = test_options();
+  options.steps_in_flight = 3;
+  expect_no_runner(options, StatusCode::kInvalidArgument, "1 or 2 steps in flight");
   options = test_options();
   options.passes.disabled = {"fuse_everything"};
   expect_no_runner(options, StatusCode::kInvalidArgument, "fuse_everything");
