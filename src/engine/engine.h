@@ -1,10 +1,13 @@
 // Requests in, tokens out. The engine batches all running requests into steps of a Runner: chunked prompts and decoding
-// together, first come first served, with KV pages and state slots held by leases.
+// together, first come first served, with KV pages and state slots held by leases. Where the runner takes two steps,
+// the next one is planned and submitted while one runs: what it computes for a request that turns out to have ended is
+// dropped. A step with rows that the host finishes is waited for first.
 //
 // Threads: one step thread owns everything. submit() and cancel() may be called from any thread; they enqueue. Events
 // reach the request's sink on the step thread, in order, and must not block (a sink posts to its own thread).
-// Invariant: every submitted request gets exactly one kFinished event, and when it does its leases are back.
-// Admission reserves the worst case (prompt + max_tokens) in pages, so a running request never runs out of memory.
+// Invariant: every submitted request gets exactly one kFinished event. Its leases are back by then, or, where the
+// runner takes two steps, when the step that was submitted before the end was known has ended. Admission reserves the
+// worst case (prompt + max_tokens) in pages, so a running request never runs out of memory.
 #pragma once
 
 #include <cstdint>

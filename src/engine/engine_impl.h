@@ -25,19 +25,34 @@ class Engine::Impl {
   void stop_and_join();
 
  private:
+  // A step between submit() and wait() of the runner, which refers to `sequences`.
+  struct Flight {
+    std::vector<ScheduledChunk> chunks;
+    std::vector<runtime::SequenceStep> sequences;
+    bool may_be_followed = false;  // before it has ended
+  };
+
   // On the step thread:
   void run();
+  bool wait_for_work();
   void take_incoming();
-  void step(const std::vector<ScheduledChunk>& chunks);
-  void assemble(const std::vector<ScheduledChunk>& chunks);
+  bool may_submit() const;
+  bool submit_step();
+  void finish_step();
+  void assemble(const std::vector<ScheduledChunk>& chunks, Flight* flight) const;
   void deliver(const ScheduledChunk& chunk, runtime::SequenceResult& result);
-  void fail_all(const std::vector<ScheduledChunk>& chunks, const Status& error);
+  void fail(const ScheduledChunk& chunk, const Status& error);
   void publish_statistics();
+  uint64_t in_flight() const { return submitted_ - finished_; }
+  Flight& flight(uint64_t number) { return flights_[number % runtime::kMostStepsInFlight]; }
+  const Flight& flight(uint64_t number) const { return flights_[number % runtime::kMostStepsInFlight]; }
 
   const std::unique_ptr<runtime::Runner> runner_;
   const int32_t max_waiting_;
   Scheduler scheduler_;
-  std::vector<runtime::SequenceStep> sequence_steps_;
+  Flight flights_[runtime::kMostStepsInFlight];  // in flight: those of the numbers [finished_, submitted_)
+  uint64_t submitted_ = 0;
+  uint64_t finished_ = 0;
   std::vector<runtime::SequenceResult> results_;
 
   mutable std::mutex mutex_;

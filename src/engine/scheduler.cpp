@@ -33,7 +33,9 @@ const std::vector<ScheduledChunk>& Scheduler::plan() {
   int32_t budget = limits_.max_step_tokens;
   for (auto state = active_.begin(); state != active_.end() && budget > 0; ++state) {
     if (!std::holds_alternative<Decoding>(*state)) continue;
-    step_.push_back({state, 1, true});
+    const Running& running = running_of(*state);
+    if (static_cast<int64_t>(running.output.size()) + running.expected >= running.request.max_tokens) continue;
+    step_.push_back({state, running.computed, 1, true, true});
     --budget;
   }
   for (auto state = active_.begin(); state != active_.end() && budget > 0; ++state) {
@@ -41,10 +43,43 @@ const std::vector<ScheduledChunk>& Scheduler::plan() {
     const Running& running = running_of(*state);
     const int64_t left = static_cast<int64_t>(running.request.prompt.size()) - running.computed;
     const int32_t tokens = static_cast<int32_t>(std::min<int64_t>(left, budget));
-    step_.push_back({state, tokens, tokens == left});
+    step_.push_back(
+        {state, running.computed, tokens, tokens == left, tokens == left && running.request.max_tokens > 0});
     budget -= tokens;
   }
   return step_;
+}
+
+void Scheduler::enter_step() {
+  for (size_t i = 0; i < step_.size(); ++i) {
+    const ScheduledChunk& chunk = step_[i];
+    Running& running = running_of(*chunk.state);
+    running.computed += chunk.tokens;
+    running.expected += chunk.samples ? 1 : 0;
+    running.last_index = static_cast<int32_t>(i);
+    ++running.steps;
+    auto* const prefilling = std::get_if<Prefilling>(&*chunk.state);
+    if (prefilling && chunk.completes_prompt) *chunk.state = start_decoding(std::move(*prefilling));
+  }
+}
+
+bool Scheduler::leave_step(const ScheduledChunk& chunk) {
+  Running& running = running_of(*chunk.state);
+  --running.steps;
+  running.expected -= chunk.samples ? 1 : 0;
+  if (!std::holds_alternative<Ended>(*chunk.state)) return true;
+  if (running.steps == 0) active_.erase(chunk.state);
+  return false;
+}
+
+EventSink Scheduler::end(std::list<ActiveState>::iterator state) {
+  EventSink sink = std::move(running_of(*state).sink);
+  if (running_of(*state).steps == 0) {
+    active_.erase(state);
+  } else {
+    *state = engine::end(std::move(*state));
+  }
+  return sink;
 }
 
 EventSink Scheduler::remove(uint64_t id) {
@@ -56,10 +91,8 @@ EventSink Scheduler::remove(uint64_t id) {
   }
   const auto active =
       std::find_if(active_.begin(), active_.end(), [id](ActiveState& s) { return running_of(s).id == id; });
-  if (active == active_.end()) return {};
-  EventSink sink = std::move(running_of(*active).sink);
-  active_.erase(active);
-  return sink;
+  if (active == active_.end() || std::holds_alternative<Ended>(*active)) return {};
+  return end(active);
 }
 
 std::vector<EventSink> Scheduler::remove_all() {

@@ -119,6 +119,7 @@ runtime::Capacity random_capacity(Random& random) {
   capacity.max_step_tokens = capacity.max_sequences + between(random, 0, 12);
   capacity.max_model_length = between(random, 2, 120);
   capacity.vocabulary_size = kVocabulary;
+  capacity.steps_in_flight = between(random, 1, 2);
   return capacity;
 }
 
@@ -131,6 +132,7 @@ class Round {
     runner->poison_token = kPoison;
     runner->before_step = [runner = runner.get(), faults = Random(seed + 1)]() mutable {
       runner->step_status = faults() % kStepsPerFault == 0 ? internal_error("step fault") : Status();
+      runner->wait_status = faults() % kStepsPerFault == 0 ? internal_error("step fault") : Status();
       std::this_thread::yield();  // so that clients can act between steps however few CPUs there are
     };
     engine_ = std::make_unique<Engine>(std::move(runner), EngineOptions{.max_waiting = between(random, 1, 64)});

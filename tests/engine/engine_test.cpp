@@ -81,8 +81,10 @@ std::vector<int32_t> alone(std::vector<int32_t> history, int64_t count) {
 }
 
 struct Fixture {
-  explicit Fixture(EngineOptions options = {}) {
-    auto owned = std::make_unique<FakeRunner>(kCapacity);
+  explicit Fixture(int32_t steps_in_flight, EngineOptions options = {}) {
+    runtime::Capacity capacity = kCapacity;
+    capacity.steps_in_flight = steps_in_flight;
+    auto owned = std::make_unique<FakeRunner>(capacity);
     runner = owned.get();
     engine = std::make_unique<Engine>(std::move(owned), options);
   }
@@ -112,8 +114,12 @@ struct Fixture {
   std::unique_ptr<Engine> engine;
 };
 
-TEST(Engine, GeneratesUpToMaxTokens) {
-  Fixture fixture;
+// The parameter: steps in flight.
+class EngineTest : public testing::TestWithParam<int32_t> {};
+INSTANTIATE_TEST_SUITE_P(StepsInFlight, EngineTest, testing::Values(1, 2), testing::PrintToStringParamName());
+
+TEST_P(EngineTest, GeneratesUpToMaxTokens) {
+  Fixture fixture(GetParam());
   Collector collector;
   const auto handle = fixture.engine->submit({.prompt = {1, 2, 3}, .max_tokens = 5}, collector.sink());
   ASSERT_TRUE(handle.ok());
@@ -121,8 +127,8 @@ TEST(Engine, GeneratesUpToMaxTokens) {
   EXPECT_EQ(collector.tokens(), alone({1, 2, 3}, 5));
 }
 
-TEST(Engine, StopTokenEndsAndIsReported) {
-  Fixture fixture;
+TEST_P(EngineTest, StopTokenEndsAndIsReported) {
+  Fixture fixture(GetParam());
   const auto expected = alone({7}, 4);
   Collector stopped;
   Collector ignoring;
@@ -136,8 +142,8 @@ TEST(Engine, StopTokenEndsAndIsReported) {
   EXPECT_EQ(ignoring.tokens().size(), 9u);
 }
 
-TEST(Engine, PromptLogprobsOfEveryTokenButTheFirst) {
-  Fixture fixture;
+TEST_P(EngineTest, PromptLogprobsOfEveryTokenButTheFirst) {
+  Fixture fixture(GetParam());
   Collector collector;
   Request request{.prompt = std::vector<int32_t>(30, 4), .max_tokens = 0};
   request.sampling.prompt_logprobs = 0;
@@ -147,8 +153,8 @@ TEST(Engine, PromptLogprobsOfEveryTokenButTheFirst) {
   EXPECT_TRUE(collector.tokens().empty());
 }
 
-TEST(Engine, RefusesWhatCannotRun) {
-  Fixture fixture;
+TEST_P(EngineTest, RefusesWhatCannotRun) {
+  Fixture fixture(GetParam());
   Collector collector;
   const auto refuse = [&](Request request) {
     return fixture.engine->submit(std::move(request), collector.sink()).status();
@@ -161,8 +167,8 @@ TEST(Engine, RefusesWhatCannotRun) {
   EXPECT_NE(too_long.message().find("100 tokens"), std::string::npos) << too_long.message();
 }
 
-TEST(Engine, FullQueueAnswersResourceExhausted) {
-  Fixture fixture({.max_waiting = 2});
+TEST_P(EngineTest, FullQueueAnswersResourceExhausted) {
+  Fixture fixture(GetParam(), {.max_waiting = 2});
   fixture.hold_steps();
   std::vector<std::unique_ptr<Collector>> collectors;
   std::vector<RequestHandle> handles;
@@ -182,8 +188,8 @@ TEST(Engine, FullQueueAnswersResourceExhausted) {
   for (auto& collector : collectors) EXPECT_EQ(collector->wait(), FinishReason::kLength);
 }
 
-TEST(Engine, CancelEndsWithinAStepAndReturnsLeases) {
-  Fixture fixture;
+TEST_P(EngineTest, CancelEndsWithinAStepAndReturnsLeases) {
+  Fixture fixture(GetParam());
   Collector collector;
   auto handle = fixture.engine->submit({.prompt = {5}, .max_tokens = 90}, collector.sink());
   collector.wait_for_tokens(1);
@@ -207,8 +213,8 @@ class ThreeAfterOdd : public TokenConstraint {
   int32_t last_ = 0;
 };
 
-TEST(Engine, AConstraintSeesEveryTokenAndBindsItsRequestOnly) {
-  Fixture fixture;
+TEST_P(EngineTest, AConstraintSeesEveryTokenAndBindsItsRequestOnly) {
+  Fixture fixture(GetParam());
   Collector bound;
   Collector unbound;
   Request request{.prompt = {8}, .max_tokens = 20};
@@ -226,8 +232,8 @@ TEST(Engine, AConstraintSeesEveryTokenAndBindsItsRequestOnly) {
   EXPECT_EQ(unbound.tokens(), alone({8}, 20));
 }
 
-TEST(Engine, OneBadSequenceEndsAlone) {
-  Fixture fixture;
+TEST_P(EngineTest, OneBadSequenceEndsAlone) {
+  Fixture fixture(GetParam());
   fixture.runner->poison_token = 13;
   Collector bad;
   Collector good;
@@ -239,21 +245,21 @@ TEST(Engine, OneBadSequenceEndsAlone) {
   EXPECT_EQ(good.tokens(), alone({1, 2}, 5));
 }
 
-TEST(Engine, AFailedStepFailsItsRequestsAndTheEngineGoesOn) {
-  Fixture fixture;
+TEST_P(EngineTest, AFailedStepFailsItsRequestsAndTheEngineGoesOn) {
+  Fixture fixture(GetParam());
   fixture.runner->step_status = internal_error("device fault in layers.0.mixer");
   Collector failed;
   const auto first = fixture.engine->submit({.prompt = {1}, .max_tokens = 5}, failed.sink());
   EXPECT_EQ(failed.wait(), FinishReason::kError);
   EXPECT_EQ(failed.error().message(), "device fault in layers.0.mixer");
-  EXPECT_EQ(fixture.engine->statistics().kv_cache_usage, 0);
+  EXPECT_EQ(fixture.statistics_at_rest().kv_cache_usage, 0);
 }
 
-TEST(Engine, DestructionCancelsWhatRuns) {
+TEST_P(EngineTest, DestructionCancelsWhatRuns) {
   Collector collector;
   RequestHandle handle;
   {
-    Fixture fixture;
+    Fixture fixture(GetParam());
     fixture.runner->before_step = [] { std::this_thread::sleep_for(std::chrono::milliseconds(1)); };
     handle = std::move(*fixture.engine->submit({.prompt = {5}, .max_tokens = 99}, collector.sink()));
   }
@@ -263,11 +269,11 @@ TEST(Engine, DestructionCancelsWhatRuns) {
 
 // Random requests, arrivals and cancels: every request that is left to finish gets the tokens it would get alone, and
 // at the end every lease is back.
-TEST(Engine, RandomLoadKeepsEveryRequestsTokens) {
+TEST_P(EngineTest, RandomLoadKeepsEveryRequestsTokens) {
   constexpr uint64_t kSeed = 7;
   constexpr uint64_t kRequests = 400;
   SCOPED_TRACE(kSeed);
-  Fixture fixture;
+  Fixture fixture(GetParam());
   struct Case {
     Request request;
     Collector collector;
