@@ -72,7 +72,7 @@ Result<std::vector<LaunchTime>> CpuRunner::profile(std::span<const SequenceStep>
 
 Status CpuRunner::wait(std::vector<SequenceResult>* results) {
   if (in_flight_ == 0) return internal_error("waited for a step that was not submitted");
-  --in_flight_;
+  if (--in_flight_ == 0) sampled_.clear();
   results->swap(results_[0]);
   results_[0].swap(results_[1]);
   return {};

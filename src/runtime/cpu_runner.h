@@ -108,7 +108,7 @@ class CpuRunner : public Runner {
   std::vector<size_t> sequence_begins_;
   int32_t in_flight_ = 0;
   std::vector<SequenceResult> results_[kMostStepsInFlight];  // of the steps in flight, the oldest first
-  std::vector<int32_t> sampled_;                             // of the last step, for StepBatch::assign
+  std::vector<int32_t> sampled_;                             // of the last step in flight, for StepBatch::assign
   std::vector<double> operation_seconds_;                    // of the step being profiled; else empty
 };
 

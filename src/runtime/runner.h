@@ -36,9 +36,9 @@ struct SamplingParameters {
 // One sequence's share of a step. Spans and pointers must stay valid until the step's wait() returns.
 struct SequenceStep {
   std::span<const int32_t> tokens;  // new tokens, at positions [context, context + tokens.size())
-  // Not below 0: the one new token is what the step submitted before this one samples for its sequence of this index.
-  // `tokens` has length 1 and is not read. When that sequence fails, so that there is no token, the step runs with some
-  // token in its place, and the result means nothing.
+  // Not below 0: the one new token is what the step in flight samples for its sequence of this index. `tokens` has
+  // length 1 and is not read. When that sequence fails, so that there is no token, the step runs with some token in its
+  // place, and the result means nothing.
   int32_t token_from = -1;
   int32_t context = 0;                           // tokens already in the caches
   std::span<const int32_t> pages;                // KV pages covering [0, context + tokens.size())

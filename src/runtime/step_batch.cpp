@@ -13,11 +13,11 @@ Status refuse(size_t sequence, const std::string& what, int64_t value, int64_t l
 
 Status check_token(size_t index, const SequenceStep& step, std::span<const int32_t> sampled) {
   if (step.tokens.size() != 1)
-    return refuse(index, "a token of the step before and new tokens:", static_cast<int64_t>(step.tokens.size()), 1);
+    return refuse(index, "a token of the step in flight and new tokens:", static_cast<int64_t>(step.tokens.size()), 1);
   const auto from = static_cast<size_t>(step.token_from);
   if (from < sampled.size() && sampled[from] != StepBatch::kNotSampled) return {};
   return invalid_argument("sequence " + std::to_string(index) + " of the step wants the token of sequence " +
-                          std::to_string(step.token_from) + " of the step before, which samples none");
+                          std::to_string(step.token_from) + " of the step in flight, which samples none");
 }
 
 Status check_sequence(size_t index, const SequenceStep& step, const Capacity& capacity,

@@ -18,8 +18,9 @@ class StepBatch {
   explicit StepBatch(const Capacity& capacity);
 
   // Checks the sequences against the capacity and lays them out one after the other. `sampled` has an entry for every
-  // sequence of the step before, kNotSampled or what stands for the token sampled for it: sequences with token_from get
-  // it as their token id. invalid_argument names the sequence, the number and the limit; the batch is then as it was.
+  // sequence of the step in flight, kNotSampled or what stands for the token sampled for it: sequences with token_from
+  // get it as their token id. invalid_argument names the sequence, the number and the limit; the batch is then as it
+  // was.
   static constexpr int32_t kNotSampled = INT32_MIN;
   Status assign(std::span<const SequenceStep> sequences, std::span<const int32_t> sampled = {});
 

@@ -80,6 +80,9 @@ class Driver {
     return true;
   }
 
+  // From now on no row's logits are asked for, so that a device can finish every row by itself.
+  void keep_tokens_only() { keeps_logits_ = false; }
+
   void step(std::span<const Share> shares) {
     submit(shares);
     finish();
@@ -168,7 +171,7 @@ class Driver {
     Output& output = outputs_[share.sequence];
     const Case& given = cases_[share.sequence];
     const size_t end = static_cast<size_t>(sequence.computed + share.tokens);
-    output.logits.resize(end * static_cast<size_t>(vocabulary));
+    if (keeps_logits_) output.logits.resize(end * static_cast<size_t>(vocabulary));
     SequenceStep step;
     if (sequence.expected > 0) {
       step.token_from = sequence.last_index;
@@ -184,7 +187,7 @@ class Driver {
     step.sampling = &given.sampling;
     step.prompt = given.prompt;
     step.output = output.tokens;
-    step.logits_out = output.logits.data() + sequence.computed * vocabulary;
+    if (keeps_logits_) step.logits_out = output.logits.data() + sequence.computed * vocabulary;
     return step;
   }
 
@@ -200,6 +203,7 @@ class Driver {
   }
 
   Runner* runner_;
+  bool keeps_logits_ = true;
   std::vector<Case> cases_;
   std::vector<Sequence> sequences_;
   std::vector<Output> outputs_;

@@ -275,6 +275,7 @@ TEST(StepsInFlight, RefusesATokenThatIsNotThereAndAStepTooMany) {
   EXPECT_TRUE(runner->wait(&results).ok());
   EXPECT_TRUE(runner->wait(&results).ok());
   EXPECT_EQ(runner->wait(&results).code(), StatusCode::kInternal);
+  refused(next, "the token of sequence 0");
 }
 
 void expect_no_runner(const CpuRunnerOptions& options, StatusCode code, const std::string& words) {

@@ -32,6 +32,8 @@ __global__ void expand_kernel(ExpandBatch args) {
   }
   args.sequence[thread] = low;
   args.position[thread] = args.context[low] + thread - args.token_begin[low];
+  const int id = args.ids[thread];
+  if (id < 0) args.ids[thread] = max(args.sampled[~id], 0);
 }
 
 __global__ void publish_kernel(PublishTokens args) {

@@ -14,7 +14,9 @@ struct PageChange {
   int32_t page = 0;
 };
 
-// position[t] and sequence[t] of every row from token_begin and context; page_table[change.index] = change.page.
+// position[t] and sequence[t] of every row from token_begin and context; page_table[change.index] = change.page. A
+// token id below 0 stands for sampled[~id], which the step before left; where that is no token (a failed row), for
+// token 0.
 struct ExpandBatch {
   int32_t sequences = 0;
   int32_t tokens = 0;
@@ -22,6 +24,8 @@ struct ExpandBatch {
   const int32_t* context = nullptr;
   const PageChange* changes = nullptr;
   const int32_t* change_count = nullptr;
+  const int32_t* sampled = nullptr;
+  int32_t* ids = nullptr;  // replaced in place
   int32_t* position = nullptr;
   int32_t* sequence = nullptr;
   int32_t* page_table = nullptr;

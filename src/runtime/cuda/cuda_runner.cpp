@@ -15,15 +15,6 @@ constexpr int32_t kMostGraphTokens = 128;  // beyond it a step takes longer than
 constexpr int64_t kLeastContextClass = 1024;
 constexpr int kPollsPerQuery = 4096;
 
-// Whether the device finishes the sequence's rows. Everything else is worked out on the host.
-bool is_plain(const SequenceStep& step) {
-  if (step.logits_out || !step.next_tokens.empty()) return false;
-  if (!step.sample) return true;
-  const SamplingParameters& sampling = *step.sampling;
-  return sampling.logprobs < 0 && sampling.repetition_penalty == 1.0f && sampling.presence_penalty == 0.0f &&
-         sampling.frequency_penalty == 0.0f && sampling.logit_bias.empty() && step.allowed_tokens.empty();
-}
-
 bool draws(const SequenceStep& step) { return step.sample && step.sampling->temperature > 0; }
 
 kernels::cuda::DecodeSampleRow sample_row(const SequenceStep& step, bool on_device) {
@@ -61,49 +52,76 @@ CudaRunner::~CudaRunner() {
   }
 }
 
-// Lays the step out in the input block.
-Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> sequences) {
+Status CudaRunner::check_can_follow() const {
   if (!fault_.ok()) return fault_;
-  if (in_flight_) return internal_error("a step was submitted before the last one was waited for");
-  TS_RETURN_IF_ERROR(batch_->assign(sequences));
-  list_wanted_rows(sequences, &wanted_);
-  wanted_rows_.clear();
-  host_rows_.clear();
-  sample_rows_.clear();
-  const bool few = static_cast<int64_t>(wanted_.size()) <= capacity_.max_sequences;
-  for (size_t i = 0; i < wanted_.size(); ++i) {
-    const WantedRow& row = wanted_[i];
-    wanted_rows_.push_back(batch_->first_row(static_cast<size_t>(row.sequence)) + row.index);
-    const SequenceStep& step = sequences[row.sequence];
-    const bool on_device = is_plain(step) && (few || !draws(step));
-    if (!on_device) host_rows_.push_back(static_cast<int32_t>(i));
-    if (few) sample_rows_.push_back(sample_row(step, on_device));
-  }
+  if (in_flight_ == kMostStepsInFlight) return too_many_steps(in_flight_);
+  if (in_flight_ == 0 || last().host_rows.empty()) return {};
+  return internal_error(
+      "a step was submitted behind one with rows that the host finishes; that one must have been waited for");
+}
+
+// Lays the step out in its input block. An error leaves everything as it was.
+Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> sequences) {
+  TS_RETURN_IF_ERROR(check_can_follow());
+  TS_RETURN_IF_ERROR(batch_->assign(sequences, sampled_));
+  Submitted& step = step_of(++number_);
+  step.number = number_;
+  step.sequences = sequences;
+  step.results.resize(sequences.size());
+  for (SequenceResult& result : step.results) clear(&result);
+  list_rows(sequences, &step);
+  input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, number_);
   const bool any_draws =
       std::any_of(sample_rows_.begin(), sample_rows_.end(), [](const auto& row) { return row.temperature > 0; });
-  one_group_ = static_cast<int64_t>(wanted_.size()) <= body_.program().logit_rows;
-  results_.resize(sequences.size());
-  for (SequenceResult& result : results_) clear(&result);
-  sequences_ = sequences;
-  input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, ++number_);
   const kernels::SequenceBatch& batch = batch_->batch();
   const int64_t context = context_class(sequences);
   const bool planned = runs_planned(batch.sequences, batch.tokens, context);
   return GraphKey{batch.sequences, batch.tokens, planned ? context : 0, any_draws};
 }
 
+// The rows whose logits the step needs, and who finishes them.
+void CudaRunner::list_rows(std::span<const SequenceStep> sequences, Submitted* step) {
+  list_wanted_rows(sequences, &step->wanted);
+  step->host_rows.clear();
+  wanted_rows_.clear();
+  sample_rows_.clear();
+  sampled_.assign(sequences.size(), StepBatch::kNotSampled);
+  const int64_t count = static_cast<int64_t>(step->wanted.size());
+  const bool few = count <= capacity_.max_sequences;
+  step->one_group = count <= body_.program().logit_rows;
+  for (int32_t i = 0; i < count; ++i) {
+    const WantedRow& row = step->wanted[i];
+    wanted_rows_.push_back(batch_->first_row(static_cast<size_t>(row.sequence)) + row.index);
+    const SequenceStep& sequence = sequences[row.sequence];
+    const bool on_device = finishes_on_device(sequence) && (few || !draws(sequence));
+    if (on_device) {
+      sampled_[row.sequence] = ~i;
+    } else {
+      step->host_rows.push_back(i);
+    }
+    if (few) sample_rows_.push_back(sample_row(sequence, on_device));
+  }
+}
+
 Status CudaRunner::submit(std::span<const SequenceStep> sequences) {
   TS_ASSIGN_OR_RETURN(const GraphKey key, begin(sequences));
-  TS_RETURN_IF_ERROR(note_fault(run(key)));
-  in_flight_ = true;
-  return {};
+  Status status = note_fault(run(key));
+  if (status.ok()) {
+    ++in_flight_;
+    return status;
+  }
+  cudaDeviceSynchronize();  // what was enqueued has done with the block, which is the next step's, too
+  ++number_;                // and the next step's number is another one of the same parity
+  sampled_.clear();
+  return status;
 }
 
 Status CudaRunner::run(const GraphKey& key) {
-  TS_RETURN_IF_ERROR(input_->send(rank_.streams[0]));
-  const bool one_token_each = key.tokens == key.sequences && static_cast<int32_t>(wanted_.size()) == key.tokens;
+  const Submitted& step = last();
+  TS_RETURN_IF_ERROR(send_input());
+  const bool one_token_each = key.tokens == key.sequences && static_cast<int32_t>(step.wanted.size()) == key.tokens;
   cudaGraphExec_t graph = nullptr;
-  if (options_.graphs && one_group_ && one_token_each && key.tokens <= kMostGraphTokens) {
+  if (options_.graphs && step.one_group && one_token_each && key.tokens <= kMostGraphTokens) {
     TS_ASSIGN_OR_RETURN(graph, graph_of(key));
   }
   if (graph) {
@@ -111,17 +129,28 @@ Status CudaRunner::run(const GraphKey& key) {
   } else {
     TS_RETURN_IF_ERROR(enqueue_step(key));
   }
-  return one_group_ ? fetch_logits(host_rows_, 0) : Status();
+  return step.one_group ? fetch_logits(step.host_rows, 0) : Status();
+}
+
+// Behind a step in flight the copy goes beside it, so that it is no part of the time between the two.
+Status CudaRunner::send_input() {
+  const cudaStream_t stream = rank_.streams[0];
+  TS_RETURN_IF_ERROR(input_->send_pages(stream));
+  if (in_flight_ == 0) return input_->send(stream);
+  TS_RETURN_IF_ERROR(input_->send(input_stream_.get()));
+  TS_RETURN_IF_ERROR(cuda_check(cudaEventRecord(input_sent_.get(), input_stream_.get()), "recording an event"));
+  return cuda_check(cudaStreamWaitEvent(stream, input_sent_.get()), "waiting for the step's input");
 }
 
 // Everything after the input block has been sent; captured for graphs.
 Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe) {
-  TS_RETURN_IF_ERROR(input_->expand(key.sequences, key.tokens, rank_.streams[0]));
-  const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(wanted_.size()));
+  TS_RETURN_IF_ERROR(
+      input_->expand(key.sequences, key.tokens, reinterpret_cast<const int32_t*>(tokens_.data()), rank_.streams[0]));
+  const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(last().wanted.size()));
   const bool fused = runs_fused(key.tokens);
   TS_RETURN_IF_ERROR(key.max_context > 0 ? decode_.run_body(rank_, step, key.max_context, observe)
                                          : body_.run_body(rank_, step, observe));
-  return one_group_ ? enqueue_sampling(key, step, fused, observe) : Status();
+  return last().one_group ? enqueue_sampling(key, step, fused, observe) : Status();
 }
 
 // Positions no sequence of the step reaches beyond: a power of two, so that a captured step serves for long.
@@ -154,7 +183,7 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
                                                                   launch));
     }
   }
-  auto* const published = reinterpret_cast<Published*>(published_.data());
+  auto* const published = reinterpret_cast<Published*>(published_[input_->block()].data());
   kernels::cuda::publish_tokens({step.wanted_count, tokens, input_->device_number(), input_->device_begin(),
                                  published_tokens(published), published->times, &published->number},
                                 rank_.streams[0]);
@@ -163,9 +192,10 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
 
 Result<cudaGraphExec_t> CudaRunner::graph_of(const GraphKey& key) {
   const auto [known, first_use] = graphs_.try_emplace(key);
-  if (first_use || known->second.get()) return known->second.get();
-  TS_ASSIGN_OR_RETURN(known->second, capture([&] { return enqueue_step(key); }));
-  return known->second.get();
+  GraphExec& graph = known->second.of_block[input_->block()];
+  if (first_use || graph.get()) return graph.get();
+  TS_ASSIGN_OR_RETURN(graph, capture([&] { return enqueue_step(key); }));
+  return graph.get();
 }
 
 Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>& enqueue_all) {
@@ -182,13 +212,8 @@ Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>&
   return GraphExec(executable);
 }
 
-CudaRunner::StepTimes CudaRunner::last_step_times() const {
-  const auto* const published = reinterpret_cast<const Published*>(published_.data());
-  if (published->number != number_ || in_flight_) return {};
-  return {published->times[0], published->times[1]};
-}
-
-// Sends the logits of these of wanted_ to their places in logits_; `first` is the first one of the group in the arena.
+// Sends the logits of these of the wanted rows to their places in logits_; `first` is the first one of the group in the
+// arena.
 Status CudaRunner::fetch_logits(std::span<const int32_t> indices, int64_t first) {
   const kernels::Rows logits = body_.rows(rank_, body_.program().logits);
   const int64_t row_bytes = logits.stride * 4;
@@ -204,49 +229,62 @@ Status CudaRunner::fetch_logits(std::span<const int32_t> indices, int64_t first)
 }
 
 Status CudaRunner::wait(std::vector<SequenceResult>* results) {
-  if (!in_flight_) return internal_error("waited for a step that was not submitted");
-  in_flight_ = false;
-  TS_RETURN_IF_ERROR(note_fault(one_group_ ? wait_for_tokens() : finish_groups()));
-  results->swap(results_);
+  if (in_flight_ == 0) return internal_error("waited for a step that was not submitted");
+  Submitted& step = step_of(number_ - static_cast<uint64_t>(--in_flight_));
+  if (in_flight_ == 0) sampled_.clear();
+  if (!fault_.ok()) return fault_;
+  times_ = {};
+  TS_RETURN_IF_ERROR(note_fault(step.one_group ? wait_for_tokens(&step) : finish_groups(&step)));
+  results->swap(step.results);
   return {};
 }
 
-Status CudaRunner::wait_for_tokens() {
-  const volatile uint64_t* number = &reinterpret_cast<const Published*>(published_.data())->number;
-  for (int polls = 0; *number != number_; ++polls) {
+Status CudaRunner::wait_for_number(const Submitted& step) {
+  const auto* const published = reinterpret_cast<const Published*>(published_[step.number % kMostStepsInFlight].data());
+  const volatile uint64_t* number = &published->number;
+  for (int polls = 0; *number != step.number; ++polls) {
     if (polls % kPollsPerQuery != kPollsPerQuery - 1) continue;
     const cudaError_t state = cudaStreamQuery(rank_.streams[0]);
     if (state == cudaErrorNotReady) continue;
     TS_RETURN_IF_ERROR(cuda_check(state, "running a step"));
-    if (*number != number_) {  // the stream is empty, so it is there by now or never
-      return internal_error("step " + std::to_string(number_) + " ended on the GPU without its tokens; step " +
-                            std::to_string(*number) + " was the last to publish any");
+    if (*number != step.number) {  // the stream is empty, so it is there by now or never
+      return internal_error("step " + std::to_string(step.number) +
+                            " ended on the GPU without its tokens; in their place are those of step " +
+                            std::to_string(*number));
     }
   }
   std::atomic_thread_fence(std::memory_order_acquire);
-  const int32_t* tokens = published_tokens(reinterpret_cast<Published*>(published_.data()));
-  auto host_row = host_rows_.begin();
-  for (size_t i = 0; i < wanted_.size(); ++i) {
-    if (host_row != host_rows_.end() && *host_row == static_cast<int32_t>(i)) {
-      ++host_row;
-      continue;
-    }
-    const SequenceStep& step = sequences_[wanted_[i].sequence];
-    SequenceResult& result = results_[wanted_[i].sequence];
-    result.token = tokens[i];
-    if (tokens[i] < 0) result.status = not_finite(int64_t{step.context} + wanted_[i].index);
-  }
-  if (host_rows_.empty()) return {};
-  TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
-  finish_rows(host_rows_, 0);
   return {};
 }
 
-// More rows than the head takes at once: group by group, logits to the host, then each row's results there.
-Status CudaRunner::finish_groups() {
+Status CudaRunner::wait_for_tokens(Submitted* step) {
+  TS_RETURN_IF_ERROR(wait_for_number(*step));
+  auto* const published = reinterpret_cast<Published*>(published_[step->number % kMostStepsInFlight].data());
+  times_ = {published->times[0], published->times[1]};
+  const int32_t* tokens = published_tokens(published);
+  auto host_row = step->host_rows.begin();
+  for (size_t i = 0; i < step->wanted.size(); ++i) {
+    if (host_row != step->host_rows.end() && *host_row == static_cast<int32_t>(i)) {
+      ++host_row;
+      continue;
+    }
+    const WantedRow& row = step->wanted[i];
+    SequenceResult& result = step->results[row.sequence];
+    result.token = tokens[i];
+    if (tokens[i] < 0) result.status = not_finite(int64_t{step->sequences[row.sequence].context} + row.index);
+  }
+  if (step->host_rows.empty()) return {};
+  TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
+  finish_rows(step, step->host_rows, 0);
+  return {};
+}
+
+// More rows than the head takes at once: group by group, logits to the host, then each row's results there. It is the
+// last step submitted, so the arena and the input block are still its own.
+Status CudaRunner::finish_groups(Submitted* submitted) {
   const int64_t group = body_.program().logit_rows;
-  const int64_t count = static_cast<int64_t>(wanted_.size());
-  CudaStep step = input_->step(batch_->batch().sequences, batch_->batch().tokens, static_cast<int32_t>(wanted_.size()));
+  const int64_t count = static_cast<int64_t>(submitted->wanted.size());
+  CudaStep step = input_->step(batch_->batch().sequences, batch_->batch().tokens, static_cast<int32_t>(count));
   const int32_t* rows = step.wanted;
   std::vector<int32_t> indices;
   for (int64_t begin = 0; begin < count; begin += group) {
@@ -258,25 +296,25 @@ Status CudaRunner::finish_groups() {
     for (int64_t i = begin; i < end; ++i) indices.push_back(static_cast<int32_t>(i));
     TS_RETURN_IF_ERROR(fetch_logits(indices, begin));
     TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));
-    finish_rows(indices, begin);
+    finish_rows(submitted, indices, begin);
   }
   return {};
 }
 
 // Rows of one sequence in order, sequences side by side. `first` is the index of the first row in logits_.
-void CudaRunner::finish_rows(std::span<const int32_t> indices, int64_t first) {
+void CudaRunner::finish_rows(Submitted* step, std::span<const int32_t> indices, int64_t first) {
   std::vector<size_t> begins;
   for (size_t i = 0; i < indices.size(); ++i) {
-    if (i == 0 || wanted_[indices[i]].sequence != wanted_[indices[i - 1]].sequence) begins.push_back(i);
+    if (i == 0 || step->wanted[indices[i]].sequence != step->wanted[indices[i - 1]].sequence) begins.push_back(i);
   }
   begins.push_back(indices.size());
   const int64_t row_bytes = body_.rows(rank_, body_.program().logits).stride * 4;
   pool_->parallel_for(static_cast<int64_t>(begins.size()) - 1, [&](int64_t s) {
     for (size_t i = begins[s]; i < begins[s + 1]; ++i) {
-      const WantedRow& row = wanted_[indices[i]];
-      finish_row(row, sequences_[row.sequence],
+      const WantedRow& row = step->wanted[indices[i]];
+      finish_row(row, step->sequences[row.sequence],
                  reinterpret_cast<const float*>(logits_.data() + (indices[i] - first) * row_bytes),
-                 capacity_.vocabulary_size, &results_[row.sequence]);
+                 capacity_.vocabulary_size, &step->results[row.sequence]);
     }
   });
 }

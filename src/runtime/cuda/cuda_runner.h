@@ -4,7 +4,11 @@
 // single launches otherwise. Tokens, greedy or drawn, come back through mapped host memory that wait() polls. Rows that
 // want more (log probabilities, penalties, biases, a set of allowed tokens) follow as logits, and the host samples them
 // with the CPU's sampler.
-// Invariant: one step in flight. A fault of the device fails the step and every later one: the process should end.
+// Two steps may be in flight. The second one's input is copied while the first one runs, and its tokens go from the
+// sampler to the embedding on the device. Input block, graph and published record of a step are those of its number's
+// parity; everything else is used by one step after the other, in stream order.
+// Invariant: the last submitted step alone may have rows that the host finishes. A fault of the device fails the step
+// and every later one: the process should end.
 #pragma once
 
 #include <functional>
@@ -69,7 +73,8 @@ class CudaRunner : public Runner {
   Status wait(std::vector<SequenceResult>* results) override;
 
   // Runs the step like submit() and wait(), launch by launch on one stream with an event between each two, so that
-  // nothing overlaps: the times add up to more than a step's. Greedy steps of at most max_sequences wanted rows.
+  // nothing overlaps: the times add up to more than a step's. Greedy steps of at most max_sequences wanted rows; none
+  // may be in flight.
   Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
                                           std::vector<SequenceResult>* results);
   // Times each kind of launch alone: those of all layers one after the other in a graph, as in a step (weights of one
@@ -78,13 +83,13 @@ class CudaRunner : public Runner {
   // that have run before. The sequences' caches are spoiled afterwards.
   Result<std::vector<LaunchTime>> time_kinds(std::span<const SequenceStep> sequences, int32_t rounds);
 
-  // When the GPU began the last step and had its tokens, by its own clock in ns; both 0 before the first and after one
-  // of more rows than the head takes at once.
+  // When the GPU began the step that was waited for last and had its tokens, by its own clock in ns; both 0 before the
+  // first and after one of more rows than the head takes at once.
   struct StepTimes {
     uint64_t begin = 0;
     uint64_t end = 0;
   };
-  StepTimes last_step_times() const;
+  StepTimes last_step_times() const { return times_; }
 
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
@@ -101,6 +106,18 @@ class CudaRunner : public Runner {
     auto operator<=>(const GraphKey&) const = default;
   };
   using GraphExec = CudaOwner<cudaGraphExec_t, cudaGraphExecDestroy>;
+  struct StepGraphs {
+    GraphExec of_block[kMostStepsInFlight];
+  };
+  // What the host keeps of a step until it has been waited for.
+  struct Submitted {
+    uint64_t number = 0;
+    bool one_group = false;  // the head computes all wanted rows at once, and the device samples
+    std::span<const SequenceStep> sequences;
+    std::vector<WantedRow> wanted;
+    std::vector<int32_t> host_rows;  // indices of those among wanted that the host finishes, ascending
+    std::vector<SequenceResult> results;
+  };
 
   CudaRunner() = default;
   Status load(const compile::ModelGraph& graph, const compile::WeightSource& source, const CudaRunnerOptions& options);
@@ -110,14 +127,20 @@ class CudaRunner : public Runner {
   bool runs_planned(int32_t sequences, int32_t tokens, int64_t max_context) const {
     return runs_fused(tokens) || (!decode_.empty() && decode_.takes_batch(sequences, tokens, max_context));
   }
+  Submitted& step_of(uint64_t number) { return submitted_[number % kMostStepsInFlight]; }
+  const Submitted& last() const { return submitted_[number_ % kMostStepsInFlight]; }
+  Status check_can_follow() const;
   Result<GraphKey> begin(std::span<const SequenceStep> sequences);
+  void list_rows(std::span<const SequenceStep> sequences, Submitted* step);
   Status run(const GraphKey& key);
+  Status send_input();
   int64_t context_class(std::span<const SequenceStep> sequences) const;
   Status enqueue(const GraphKey& key, const LaunchObserver& observe);
   Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
   Status enqueue_step(const GraphKey& key);  // with what debug_sync and tests of faults want
   Status enqueue_checked(const GraphKey& key);
-  // Captures at the second use of a key: the first runs singly and loads what its kernels need. Null: not captured yet.
+  // The last step's graph. Captures from the second use of a key on, for each input block: the first runs singly and
+  // loads what its kernels need. Null: not captured yet.
   Result<cudaGraphExec_t> graph_of(const GraphKey& key);
   // What enqueue_all puts on stream 0.
   Result<GraphExec> capture(const std::function<Status()>& enqueue_all);
@@ -126,9 +149,10 @@ class CudaRunner : public Runner {
   Result<std::vector<LaunchKind>> list_kinds(const GraphKey& key);
   Status capture_kind(const GraphKey& key, LaunchKind* kind);
   Status fetch_logits(std::span<const int32_t> indices, int64_t first);
-  Status wait_for_tokens();
-  Status finish_groups();
-  void finish_rows(std::span<const int32_t> indices, int64_t first);
+  Status wait_for_number(const Submitted& step);
+  Status wait_for_tokens(Submitted* step);
+  Status finish_groups(Submitted* step);
+  void finish_rows(Submitted* step, std::span<const int32_t> indices, int64_t first);
   std::string describe_step() const;
   std::string describe_faulted_launches() const;
   void launch_fault(int32_t operation);
@@ -142,26 +166,24 @@ class CudaRunner : public Runner {
   DecodePlan decode_;  // empty: the kernels for any number of tokens do
   CudaCaches caches_;
   DeviceMemory arena_, workspace_[kStreams], tokens_, sample_workspace_;
-  Stream streams_[kStreams];
-  CudaEvent forked_, joined_;
+  Stream streams_[kStreams], input_stream_;
+  CudaEvent forked_, joined_, input_sent_;
   CudaRank rank_;
   std::optional<StepBatch> batch_;
   std::optional<StepInput> input_;
-  PinnedMemory published_;  // step number, its times, then tokens
-  PinnedMemory logits_;     // one group of rows
+  PinnedMemory published_[kMostStepsInFlight];  // step number, its times, then tokens
+  PinnedMemory logits_;                         // one group of rows
   std::unique_ptr<ThreadPool> pool_;
-  std::map<GraphKey, GraphExec> graphs_;
+  std::map<GraphKey, StepGraphs> graphs_;
   CudaRunnerOptions options_;
 
-  uint64_t number_ = 0;
-  bool in_flight_ = false;
-  bool one_group_ = false;                   // the head computes all wanted rows at once, and the device samples
-  std::span<const SequenceStep> sequences_;  // of the step in flight
-  std::vector<WantedRow> wanted_;
+  uint64_t number_ = 0;    // of the last step; odd and even take turns in flight
+  int32_t in_flight_ = 0;  // that step and the one before it, or it alone
+  Submitted submitted_[kMostStepsInFlight];
+  std::vector<int32_t> sampled_;  // of the last step in flight, for StepBatch::assign: ~row among its sampled tokens
   std::vector<int32_t> wanted_rows_;
-  std::vector<int32_t> host_rows_;  // indices of those among wanted_ that the host finishes, ascending
-  std::vector<kernels::cuda::DecodeSampleRow> sample_rows_;  // of wanted_, when any draws on the device
-  std::vector<SequenceResult> results_;
+  std::vector<kernels::cuda::DecodeSampleRow> sample_rows_;  // of the wanted, when any draws on the device
+  StepTimes times_;
   Status fault_;
 };
 

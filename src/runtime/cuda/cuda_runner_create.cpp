@@ -83,7 +83,8 @@ Status CudaRunner::load(const compile::ModelGraph& graph, const compile::WeightS
   return {};
 }
 
-// Runs steps of the two kinds, so that no request waits for kernels and libraries to be loaded or for the first graph.
+// Runs steps of the two kinds, so that no request waits for kernels and libraries to be loaded or for the first graphs,
+// of which there is one for each input block.
 // What they leave in page 0 and slot 0 is overwritten before it is read.
 Status CudaRunner::warm_up() {
   const SamplingParameters greedy = {.temperature = 0};
@@ -91,7 +92,7 @@ Status CudaRunner::warm_up() {
       std::min({kWarmUpTokens, capacity_.max_step_tokens, capacity_.page_size, capacity_.max_model_length})));
   const std::vector<int32_t> pages = {0};
   std::vector<SequenceResult> results;
-  for (const size_t count : {tokens.size(), size_t{1}, size_t{1}}) {
+  for (const size_t count : {tokens.size(), size_t{1}, size_t{1}, size_t{1}}) {
     SequenceStep step;
     step.tokens = std::span(tokens).first(count);
     step.pages = pages;
@@ -111,6 +112,7 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
   capacity_.max_sequences = options.max_sequences;
   capacity_.max_model_length = options.max_model_length;
   capacity_.vocabulary_size = static_cast<int32_t>(program.vocabulary_size);
+  capacity_.steps_in_flight = kMostStepsInFlight;
 
   const int64_t workspace = body_.workspace_bytes();
   TS_ASSIGN_OR_RETURN(arena_,
@@ -124,11 +126,15 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
   }
   TS_ASSIGN_OR_RETURN(forked_, make_event(false));
   TS_ASSIGN_OR_RETURN(joined_, make_event(false));
+  TS_ASSIGN_OR_RETURN(input_stream_, make_stream());
+  TS_ASSIGN_OR_RETURN(input_sent_, make_event(false));
   TS_ASSIGN_OR_RETURN(tokens_, DeviceMemory::allocate(program.logit_rows * 4, "tokens"));
   TS_ASSIGN_OR_RETURN(
       sample_workspace_,
       DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
-  TS_ASSIGN_OR_RETURN(published_, PinnedMemory::allocate(3 * 8 + program.logit_rows * 4, "tokens"));
+  for (PinnedMemory& record : published_) {
+    TS_ASSIGN_OR_RETURN(record, PinnedMemory::allocate(3 * 8 + program.logit_rows * 4, "tokens"));
+  }
   if (options.fused_decode) {
     TS_ASSIGN_OR_RETURN(decode_, DecodePlan::build(body_, std::max(options.max_model_length, 1024)));
   }

@@ -95,7 +95,7 @@ Result<std::vector<LaunchTime>> CudaRunner::time_kinds(std::span<const SequenceS
   const cudaStream_t stream = rank_.streams[0];
   const cudaStream_t second = std::exchange(rank_.streams[1], stream);
   const auto run = [&]() -> Result<std::vector<LaunchKind>> {
-    TS_RETURN_IF_ERROR(input_->send(stream));
+    TS_RETURN_IF_ERROR(send_input());
     TS_ASSIGN_OR_RETURN(std::vector<LaunchKind> kinds, list_kinds(key));
     for (LaunchKind& kind : kinds) TS_RETURN_IF_ERROR(capture_kind(key, &kind));
     Progress progress("timing operations", rounds + 1, "rounds");

@@ -90,8 +90,9 @@ Status CudaRunner::enqueue_checked(const GraphKey& key) {
 }
 
 Result<CudaRunner::GraphKey> CudaRunner::begin_measured(std::span<const SequenceStep> sequences) {
+  if (in_flight_ > 0) return internal_error("a step can be measured by parts when none is in flight");
   TS_ASSIGN_OR_RETURN(const GraphKey key, begin(sequences));
-  if (one_group_ && host_rows_.empty()) return key;
+  if (last().one_group && last().host_rows.empty()) return key;
   return invalid_argument("only steps whose tokens the GPU chooses, at most " +
                           std::to_string(body_.program().logit_rows) + " of them, can be measured by parts");
 }
@@ -109,7 +110,7 @@ Result<std::vector<LaunchTime>> CudaRunner::profile(std::span<const SequenceStep
     TS_RETURN_IF_ERROR(cuda_check(cudaEventRecord(events.back().get(), stream), "recording an event"));
     return true;
   };
-  TS_RETURN_IF_ERROR(input_->send(stream));
+  TS_RETURN_IF_ERROR(send_input());
   TS_RETURN_IF_ERROR(cuda_check(cudaLaunchHostFunc(
                                     stream, [](void*) { std::this_thread::sleep_for(kEnqueueTime); }, nullptr),
                                 "profiling"));
@@ -118,7 +119,7 @@ Result<std::vector<LaunchTime>> CudaRunner::profile(std::span<const SequenceStep
   if (status.ok()) status = record({}).status();
   rank_.streams[1] = second;
   TS_RETURN_IF_ERROR(note_fault(std::move(status)));
-  in_flight_ = true;
+  in_flight_ = 1;
   TS_RETURN_IF_ERROR(wait(results));
   TS_RETURN_IF_ERROR(note_fault(cuda_check(cudaStreamSynchronize(stream), "profiling")));
   launches.pop_back();
