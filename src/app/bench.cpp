@@ -30,23 +30,20 @@ Status run_decode(BenchFlags flags) {
   TS_ASSIGN_OR_RETURN(const model::LoadedModel model, load_model(flags.model));
   TS_ASSIGN_OR_RETURN(const auto runner, make_runner(model, flags.model));
   const double load_seconds = seconds_since(start);
-  TS_ASSIGN_OR_RETURN(BenchBatch batch, BenchBatch::create(runner.get(), flags.sequences, flags.input_length,
-                                                           2 * kWarmUpSteps + kHostSteps + flags.output_length));
+  TS_ASSIGN_OR_RETURN(BenchBatch batch,
+                      BenchBatch::create(runner.get(), flags.sequences, flags.input_length,
+                                         2 * kWarmUpSteps + 2 * kOverheadSteps + flags.output_length));
   batch.set_temperature(flags.temperature);
   TS_RETURN_IF_ERROR(batch.prefill().status());
   const double first_token_seconds = seconds_since(start);
   for (int i = 0; i < kWarmUpSteps; ++i) TS_RETURN_IF_ERROR(batch.decode().status());
+  TS_ASSIGN_OR_RETURN(std::vector<double> seconds,
+                      batch.decode(flags.output_length, BenchBatch::calls_of(runner.get())));
+  const double step = median(std::move(seconds));
   StepOverheads overheads(runner.get());
-  if (flags.device == DeviceKind::kCuda) batch.run_steps_with(overheads.noting_gaps());
-  std::vector<double> seconds;
-  for (int32_t i = 0; i < flags.output_length; ++i) {
-    TS_ASSIGN_OR_RETURN(const double one, batch.decode());
-    seconds.push_back(one);
-  }
-  const double step = median(seconds);
   if (flags.device == DeviceKind::kCuda) {
-    batch.run_steps_with(overheads.noting_host_time(step));
-    for (int i = 0; i < kHostSteps; ++i) TS_RETURN_IF_ERROR(batch.decode().status());
+    TS_RETURN_IF_ERROR(batch.decode(kOverheadSteps, overheads.noting_gaps()).status());
+    TS_RETURN_IF_ERROR(batch.decode(kOverheadSteps, overheads.noting_host_time(step)).status());
   }
   const int64_t context = flags.input_length + kWarmUpSteps + flags.output_length / 2;
   TS_ASSIGN_OR_RETURN(const StepModel modelled, model_step(model, flags, flags.sequences, context));

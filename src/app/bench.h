@@ -34,7 +34,7 @@ struct BenchFlags {
 };
 
 inline constexpr int kWarmUpSteps = 3;
-inline constexpr int kHostSteps = 25;  // whose CPU time is taken
+inline constexpr int kOverheadSteps = 25;  // whose gaps are taken, and as many whose CPU time is
 
 // Resolves the device that the flags name, in both places.
 Status resolve_device(BenchFlags* flags);

@@ -51,19 +51,25 @@ void BenchBatch::restart() {
   }
 }
 
-runtime::SequenceStep BenchBatch::next_step(size_t index, int32_t tokens) const {
+runtime::SequenceStep BenchBatch::next_step(size_t index, int32_t tokens, int32_t in_flight) const {
+  static constexpr int32_t kUnknownToken = 0;
   const Sequence& sequence = sequences_[index];
   const std::span<const int32_t> prompt(sequence.prompt);
   const auto prompt_size = static_cast<int32_t>(prompt.size());
   runtime::SequenceStep step;
-  step.tokens = sequence.computed < prompt_size
-                    ? prompt.subspan(static_cast<size_t>(sequence.computed), static_cast<size_t>(tokens))
-                    : std::span<const int32_t>(sequence.output).last(1);
-  step.context = sequence.computed;
+  if (in_flight > 0) {
+    step.token_from = static_cast<int32_t>(index);
+    step.tokens = {&kUnknownToken, 1};
+  } else if (sequence.computed < prompt_size) {
+    step.tokens = prompt.subspan(static_cast<size_t>(sequence.computed), static_cast<size_t>(tokens));
+  } else {
+    step.tokens = std::span<const int32_t>(sequence.output).last(1);
+  }
+  step.context = sequence.computed + in_flight;
   step.pages = sequence.pages;
   step.state_out = static_cast<int32_t>(index);
-  step.state_in = sequence.computed == 0 ? -1 : step.state_out;
-  step.sample = sequence.computed + tokens >= prompt_size;
+  step.state_in = step.context == 0 ? -1 : step.state_out;
+  step.sample = step.context + tokens >= prompt_size;
   step.sampling = &sampling_;
   step.prompt = prompt;
   step.output = sequence.output;
@@ -74,13 +80,18 @@ Result<double> BenchBatch::step(const std::vector<runtime::SequenceStep>& steps)
   const auto start = std::chrono::steady_clock::now();
   TS_RETURN_IF_ERROR(run_(steps, &results_));
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  TS_RETURN_IF_ERROR(take_results(steps));
+  return seconds.count();
+}
+
+Status BenchBatch::take_results(const std::vector<runtime::SequenceStep>& steps) {
   for (size_t i = 0; i < steps.size(); ++i) {
     TS_RETURN_IF_ERROR(results_[i].status);
     Sequence& sequence = sequences_[static_cast<size_t>(steps[i].state_out)];
     sequence.computed += static_cast<int32_t>(steps[i].tokens.size());
     if (steps[i].sample) sequence.output.push_back(results_[i].token);
   }
-  return seconds.count();
+  return {};
 }
 
 Result<double> BenchBatch::prefill(int32_t until) {
@@ -106,6 +117,30 @@ Result<double> BenchBatch::decode() {
   std::vector<runtime::SequenceStep> steps;
   for (size_t s = 0; s < sequences_.size(); ++s) steps.push_back(next_step(s, 1));
   return step(steps);
+}
+
+BenchBatch::StepCalls BenchBatch::calls_of(runtime::Runner* runner) {
+  return {[runner](std::span<const runtime::SequenceStep> steps) { return runner->submit(steps); },
+          [runner](std::vector<runtime::SequenceResult>* results) { return runner->wait(results); }};
+}
+
+Result<std::vector<double>> BenchBatch::decode(int32_t count, const StepCalls& calls) {
+  std::vector<runtime::SequenceStep> steps[runtime::kMostStepsInFlight];
+  std::vector<double> seconds;
+  auto last = std::chrono::steady_clock::now();
+  for (int32_t waited = 0, submitted = 0; waited < count; ++waited) {
+    for (; submitted < std::min(count, waited + runner_->capacity().steps_in_flight); ++submitted) {
+      auto& next = steps[submitted % runtime::kMostStepsInFlight];
+      next.clear();
+      for (size_t s = 0; s < sequences_.size(); ++s) next.push_back(next_step(s, 1, submitted - waited));
+      TS_RETURN_IF_ERROR(calls.submit(next));
+    }
+    TS_RETURN_IF_ERROR(calls.wait(&results_));
+    const auto now = std::chrono::steady_clock::now();
+    seconds.push_back(std::chrono::duration<double>(now - std::exchange(last, now)).count());
+    TS_RETURN_IF_ERROR(take_results(steps[waited % runtime::kMostStepsInFlight]));
+  }
+  return seconds;
 }
 
 }  // namespace tokenspeed::app

@@ -25,9 +25,18 @@ class BenchBatch {
   Result<double> prefill(int32_t until = std::numeric_limits<int32_t>::max());
   // Seconds of one step that gives every sequence its next token.
   Result<double> decode();
+  // What starts a step and what waits for the oldest one in flight.
+  struct StepCalls {
+    std::function<Status(std::span<const runtime::SequenceStep> steps)> submit;
+    std::function<Status(std::vector<runtime::SequenceResult>* results)> wait;
+  };
+  static StepCalls calls_of(runtime::Runner* runner);
+  // `count` such steps as the engine runs them, as many in flight as the runner takes: seconds from the end of one to
+  // the end of the next.
+  Result<std::vector<double>> decode(int32_t count, const StepCalls& calls);
   void set_temperature(float temperature) { sampling_.temperature = temperature; }
   void restart();  // forget the tokens; the next call is prefill()
-  // What runs a step from now on; at first submit() and wait() of the runner.
+  // What runs a step from now on in prefill() and decode(); at first submit() and wait() of the runner.
   using RunStep = std::function<Status(std::span<const runtime::SequenceStep> steps,
                                        std::vector<runtime::SequenceResult>* results)>;
   void run_steps_with(RunStep run) { run_ = std::move(run); }
@@ -41,7 +50,9 @@ class BenchBatch {
   };
   explicit BenchBatch(runtime::Runner* runner);
   Result<double> step(const std::vector<runtime::SequenceStep>& steps);
-  runtime::SequenceStep next_step(size_t index, int32_t tokens) const;
+  // With steps of one token for every sequence in flight.
+  runtime::SequenceStep next_step(size_t index, int32_t tokens, int32_t in_flight = 0) const;
+  Status take_results(const std::vector<runtime::SequenceStep>& steps);
 
   runtime::Runner* runner_;
   RunStep run_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <ctime>
+#include <utility>
 
 #include "app/bench.h"
 #include "app/device.h"
@@ -21,30 +22,35 @@ double thread_seconds() {
 
 }  // namespace
 
-BenchBatch::RunStep StepOverheads::noting_gaps() {
-  return [this](Steps steps, Results results) -> Status {
-    TS_RETURN_IF_ERROR(runner_->submit(steps));
+BenchBatch::StepCalls StepOverheads::noting_gaps() {
+  BenchBatch::StepCalls calls = BenchBatch::calls_of(runner_);
+  calls.wait = [this](Results results) -> Status {
     TS_RETURN_IF_ERROR(runner_->wait(results));
     TS_ASSIGN_OR_RETURN(const auto times, gpu_step_times(*runner_));
     if (last_end_ != 0) gaps_.push_back(static_cast<double>(times.first - last_end_) * 1e-9);
     last_end_ = times.second;
     return {};
   };
+  return calls;
 }
 
-BenchBatch::RunStep StepOverheads::noting_host_time(double step_seconds) {
-  return [this, step_seconds](Steps steps, Results results) -> Status {
+BenchBatch::StepCalls StepOverheads::noting_host_time(double step_seconds) {
+  const auto submit = [this](Steps steps) -> Status {
     const double begin = thread_seconds();
     TS_RETURN_IF_ERROR(runner_->submit(steps));
-    const double submitted = thread_seconds();
+    host_of_step_ += thread_seconds() - begin;
+    return {};
+  };
+  const auto wait = [this, step_seconds](Results results) -> Status {
     const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * step_seconds);
     while (std::chrono::steady_clock::now() < end) {
     }
-    const double ended = thread_seconds();
+    const double begin = thread_seconds();
     TS_RETURN_IF_ERROR(runner_->wait(results));
-    host_.push_back(submitted - begin + thread_seconds() - ended);
+    host_.push_back(std::exchange(host_of_step_, 0) + thread_seconds() - begin);
     return {};
   };
+  return {submit, wait};
 }
 
 double StepOverheads::gap() const { return gaps_.empty() ? 0 : median(gaps_); }

@@ -16,10 +16,10 @@ class StepOverheads {
   // A runner of make_gpu_runner, which must outlive this.
   explicit StepOverheads(runtime::Runner* runner) : runner_(runner) {}
 
-  // A BenchBatch's RunStep that notes the gap before each step but the first.
-  BenchBatch::RunStep noting_gaps();
-  // One that notes CPU time without what it takes to poll for a step's end: steps are given twice `step_seconds` first.
-  BenchBatch::RunStep noting_host_time(double step_seconds);
+  // Note the gap before each step but the first.
+  BenchBatch::StepCalls noting_gaps();
+  // Note CPU time without what it takes to poll for a step's end: steps are given twice `step_seconds` first.
+  BenchBatch::StepCalls noting_host_time(double step_seconds);
 
   // Medians, seconds.
   double gap() const;
@@ -29,6 +29,7 @@ class StepOverheads {
   runtime::Runner* runner_;
   uint64_t last_end_ = 0;
   std::vector<double> gaps_;
+  double host_of_step_ = 0;
   std::vector<double> host_;
 };
 

@@ -67,7 +67,7 @@ Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedMode
 void arm_gpu_fault_dump() { runtime::arm_fault_dump(); }
 
 Result<std::pair<uint64_t, uint64_t>> gpu_step_times(const runtime::Runner& runner) {
-  const auto times = static_cast<const runtime::CudaRunner&>(runner).last_step_times();
+  TS_ASSIGN_OR_RETURN(const auto times, static_cast<const runtime::CudaRunner&>(runner).last_step_times());
   return std::make_pair(times.begin, times.end);
 }
 

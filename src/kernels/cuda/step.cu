@@ -37,14 +37,15 @@ __global__ void expand_kernel(ExpandBatch args) {
 }
 
 __global__ void publish_kernel(PublishTokens args) {
-  for (int i = threadIdx.x; i < args.count; i += kThreads) args.host_tokens[i] = args.tokens[i];
+  const uint64_t number = *args.number << 32;
   if (threadIdx.x == 0) {
-    args.host_times[0] = *args.begin_ns;
-    args.host_times[1] = clock_ns();
+    *args.end_ns = clock_ns();
+    __threadfence();
   }
-  __threadfence_system();
-  __syncthreads();
-  if (threadIdx.x == 0) *static_cast<volatile uint64_t*>(args.host_number) = *args.number;
+  for (int i = threadIdx.x; i < max(args.count, 1); i += kThreads) {
+    const int token = i < args.count ? args.tokens[i] : -1;
+    *static_cast<volatile uint64_t*>(args.host_words + i) = number | static_cast<uint32_t>(token);
+  }
 }
 
 }  // namespace

@@ -33,16 +33,15 @@ struct ExpandBatch {
 };
 void expand_batch(const ExpandBatch& args, cudaStream_t stream);
 
-// Copies the tokens to mapped host memory, *begin_ns and the GPU's clock now to host_times, then *number to
-// *host_number: the host that reads the number sees the rest.
+// words[i] = the low half of *number above tokens[i], in mapped host memory: a word whose upper half is the number
+// holds the token, so that nothing has to be waited for between the two. One word, of token -1, when there are no
+// tokens. *end_ns is the GPU's clock before.
 struct PublishTokens {
   int32_t count = 0;
   const int32_t* tokens = nullptr;
   const uint64_t* number = nullptr;
-  const uint64_t* begin_ns = nullptr;
-  int32_t* host_tokens = nullptr;
-  uint64_t* host_times = nullptr;  // [2]
-  uint64_t* host_number = nullptr;
+  uint64_t* end_ns = nullptr;
+  uint64_t* host_words = nullptr;
 };
 void publish_tokens(const PublishTokens& args, cudaStream_t stream);
 

@@ -1,7 +1,6 @@
 #include "runtime/cuda/cuda_runner.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <string>
 
@@ -29,13 +28,6 @@ kernels::cuda::DecodeSampleRow sample_row(const SequenceStep& step, bool on_devi
   row.position = step.context + static_cast<int64_t>(step.tokens.size());
   return row;
 }
-
-// What the device writes into mapped host memory at the end of a step; the tokens follow.
-struct Published {
-  uint64_t number;
-  uint64_t times[2];
-};
-int32_t* published_tokens(Published* published) { return reinterpret_cast<int32_t*>(published + 1); }
 
 void clear(SequenceResult* result) {
   result->token = -1;
@@ -71,6 +63,7 @@ Result<CudaRunner::GraphKey> CudaRunner::begin(std::span<const SequenceStep> seq
   for (SequenceResult& result : step.results) clear(&result);
   list_rows(sequences, &step);
   input_->fill(*batch_, sequences, wanted_rows_, sample_rows_, number_);
+  step.times = step.one_group ? input_->device_times() : nullptr;
   const bool any_draws =
       std::any_of(sample_rows_.begin(), sample_rows_.end(), [](const auto& row) { return row.temperature > 0; });
   const kernels::SequenceBatch& batch = batch_->batch();
@@ -183,9 +176,8 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
                                                                   launch));
     }
   }
-  auto* const published = reinterpret_cast<Published*>(published_[input_->block()].data());
-  kernels::cuda::publish_tokens({step.wanted_count, tokens, input_->device_number(), input_->device_begin(),
-                                 published_tokens(published), published->times, &published->number},
+  kernels::cuda::publish_tokens({step.wanted_count, tokens, input_->device_number(), input_->device_times() + 1,
+                                 reinterpret_cast<uint64_t*>(published_[input_->block()].data())},
                                 rank_.streams[0]);
   return cuda_check(cudaPeekAtLastError(), "publishing tokens");
 }
@@ -212,6 +204,16 @@ Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>&
   return GraphExec(executable);
 }
 
+Result<CudaRunner::StepTimes> CudaRunner::last_step_times() const {
+  StepTimes times;
+  if (!times_) return times;
+  uint64_t both[2] = {};
+  TS_RETURN_IF_ERROR(cuda_check(
+      cudaMemcpyAsync(both, times_, sizeof(both), cudaMemcpyDeviceToHost, input_stream_.get()), "reading times"));
+  TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(input_stream_.get()), "reading times"));
+  return StepTimes{both[0], both[1]};
+}
+
 // Sends the logits of these of the wanted rows to their places in logits_; `first` is the first one of the group in the
 // arena.
 Status CudaRunner::fetch_logits(std::span<const int32_t> indices, int64_t first) {
@@ -233,35 +235,34 @@ Status CudaRunner::wait(std::vector<SequenceResult>* results) {
   Submitted& step = step_of(number_ - static_cast<uint64_t>(--in_flight_));
   if (in_flight_ == 0) sampled_.clear();
   if (!fault_.ok()) return fault_;
-  times_ = {};
+  times_ = step.times;
   TS_RETURN_IF_ERROR(note_fault(step.one_group ? wait_for_tokens(&step) : finish_groups(&step)));
   results->swap(step.results);
   return {};
 }
 
-Status CudaRunner::wait_for_number(const Submitted& step) {
-  const auto* const published = reinterpret_cast<const Published*>(published_[step.number % kMostStepsInFlight].data());
-  const volatile uint64_t* number = &published->number;
-  for (int polls = 0; *number != step.number; ++polls) {
+// The token that the device publishes as the step's `index`-th.
+Result<int32_t> CudaRunner::wait_for_token(const Submitted& step, size_t index) {
+  const auto* words = reinterpret_cast<const uint64_t*>(published_[step.number % kMostStepsInFlight].data());
+  const volatile uint64_t& word = words[index];
+  const auto number = static_cast<uint32_t>(step.number);
+  uint64_t seen = word;
+  for (int polls = 0; seen >> 32 != number; ++polls, seen = word) {
     if (polls % kPollsPerQuery != kPollsPerQuery - 1) continue;
     const cudaError_t state = cudaStreamQuery(rank_.streams[0]);
     if (state == cudaErrorNotReady) continue;
     TS_RETURN_IF_ERROR(cuda_check(state, "running a step"));
-    if (*number != step.number) {  // the stream is empty, so it is there by now or never
-      return internal_error("step " + std::to_string(step.number) +
+    if (word >> 32 != number) {  // the stream is empty, so it is there by now or never
+      return internal_error("step " + std::to_string(number) +
                             " ended on the GPU without its tokens; in their place are those of step " +
-                            std::to_string(*number));
+                            std::to_string(word >> 32));
     }
   }
-  std::atomic_thread_fence(std::memory_order_acquire);
-  return {};
+  return static_cast<int32_t>(static_cast<uint32_t>(seen));
 }
 
 Status CudaRunner::wait_for_tokens(Submitted* step) {
-  TS_RETURN_IF_ERROR(wait_for_number(*step));
-  auto* const published = reinterpret_cast<Published*>(published_[step->number % kMostStepsInFlight].data());
-  times_ = {published->times[0], published->times[1]};
-  const int32_t* tokens = published_tokens(published);
+  if (step->wanted.empty()) return wait_for_token(*step, 0).status();
   auto host_row = step->host_rows.begin();
   for (size_t i = 0; i < step->wanted.size(); ++i) {
     if (host_row != step->host_rows.end() && *host_row == static_cast<int32_t>(i)) {
@@ -270,8 +271,8 @@ Status CudaRunner::wait_for_tokens(Submitted* step) {
     }
     const WantedRow& row = step->wanted[i];
     SequenceResult& result = step->results[row.sequence];
-    result.token = tokens[i];
-    if (tokens[i] < 0) result.status = not_finite(int64_t{step->sequences[row.sequence].context} + row.index);
+    TS_ASSIGN_OR_RETURN(result.token, wait_for_token(*step, i));
+    if (result.token < 0) result.status = not_finite(int64_t{step->sequences[row.sequence].context} + row.index);
   }
   if (step->host_rows.empty()) return {};
   TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(rank_.streams[0]), "running a step"));

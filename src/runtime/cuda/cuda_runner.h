@@ -84,12 +84,13 @@ class CudaRunner : public Runner {
   Result<std::vector<LaunchTime>> time_kinds(std::span<const SequenceStep> sequences, int32_t rounds);
 
   // When the GPU began the step that was waited for last and had its tokens, by its own clock in ns; both 0 before the
-  // first and after one of more rows than the head takes at once.
+  // first and after one of more rows than the head takes at once. Asks the GPU; no other step than the next may have
+  // been submitted since.
   struct StepTimes {
     uint64_t begin = 0;
     uint64_t end = 0;
   };
-  StepTimes last_step_times() const { return times_; }
+  Result<StepTimes> last_step_times() const;
 
   const compile::Program& program() const { return body_.program(); }
   const Device& device() const { return device_; }
@@ -112,7 +113,8 @@ class CudaRunner : public Runner {
   // What the host keeps of a step until it has been waited for.
   struct Submitted {
     uint64_t number = 0;
-    bool one_group = false;  // the head computes all wanted rows at once, and the device samples
+    bool one_group = false;           // the head computes all wanted rows at once, and the device samples
+    const uint64_t* times = nullptr;  // begin and end on the device; null: not taken
     std::span<const SequenceStep> sequences;
     std::vector<WantedRow> wanted;
     std::vector<int32_t> host_rows;  // indices of those among wanted that the host finishes, ascending
@@ -149,7 +151,7 @@ class CudaRunner : public Runner {
   Result<std::vector<LaunchKind>> list_kinds(const GraphKey& key);
   Status capture_kind(const GraphKey& key, LaunchKind* kind);
   Status fetch_logits(std::span<const int32_t> indices, int64_t first);
-  Status wait_for_number(const Submitted& step);
+  Result<int32_t> wait_for_token(const Submitted& step, size_t index);
   Status wait_for_tokens(Submitted* step);
   Status finish_groups(Submitted* step);
   void finish_rows(Submitted* step, std::span<const int32_t> indices, int64_t first);
@@ -171,7 +173,7 @@ class CudaRunner : public Runner {
   CudaRank rank_;
   std::optional<StepBatch> batch_;
   std::optional<StepInput> input_;
-  PinnedMemory published_[kMostStepsInFlight];  // step number, its times, then tokens
+  PinnedMemory published_[kMostStepsInFlight];  // a step's tokens, each with the step's number
   PinnedMemory logits_;                         // one group of rows
   std::unique_ptr<ThreadPool> pool_;
   std::map<GraphKey, StepGraphs> graphs_;
@@ -183,7 +185,7 @@ class CudaRunner : public Runner {
   std::vector<int32_t> sampled_;  // of the last step in flight, for StepBatch::assign: ~row among its sampled tokens
   std::vector<int32_t> wanted_rows_;
   std::vector<kernels::cuda::DecodeSampleRow> sample_rows_;  // of the wanted, when any draws on the device
-  StepTimes times_;
+  const uint64_t* times_ = nullptr;                          // of the step waited for last
   Status fault_;
 };
 

@@ -133,7 +133,7 @@ Status CudaRunner::allocate(const CudaRunnerOptions& options) {
       sample_workspace_,
       DeviceMemory::allocate(kernels::cuda::decode_argmax_workspace_bytes(program.logit_rows), "sampling"));
   for (PinnedMemory& record : published_) {
-    TS_ASSIGN_OR_RETURN(record, PinnedMemory::allocate(3 * 8 + program.logit_rows * 4, "tokens"));
+    TS_ASSIGN_OR_RETURN(record, PinnedMemory::allocate(program.logit_rows * 8, "tokens"));
   }
   if (options.fused_decode) {
     TS_ASSIGN_OR_RETURN(decode_, DecodePlan::build(body_, std::max(options.max_model_length, 1024)));

@@ -45,7 +45,7 @@ Result<StepInput> StepInput::allocate(const Capacity& capacity) {
   TS_ASSIGN_OR_RETURN(input.sequence_,
                       DeviceMemory::allocate(int64_t{capacity.max_step_tokens} * 4, "sequence numbers"));
   TS_ASSIGN_OR_RETURN(input.table_, DeviceMemory::allocate(table_size * 4, "the page table"));
-  TS_ASSIGN_OR_RETURN(input.begin_, DeviceMemory::allocate(8, "the step's time"));
+  TS_ASSIGN_OR_RETURN(input.times_, DeviceMemory::allocate(kMostStepsInFlight * 16, "the step's times"));
   return input;
 }
 
@@ -120,7 +120,7 @@ Status StepInput::expand(int32_t sequences, int32_t tokens, const int32_t* sampl
   args.position = at<int32_t>(position_.data(), 0);
   args.sequence = at<int32_t>(sequence_.data(), 0);
   args.page_table = at<int32_t>(table_.data(), 0);
-  args.begin_ns = at<uint64_t>(begin_.data(), 0);
+  args.begin_ns = device_times();
   kernels::cuda::expand_batch(args, stream);
   return cuda_check(cudaPeekAtLastError(), "expanding the step's input");
 }

@@ -36,8 +36,8 @@ class StepInput {
   // Device pointers for a step of these sizes.
   CudaStep step(int32_t sequences, int32_t tokens, int32_t wanted) const;
   const uint64_t* device_number() const { return at<const uint64_t>(device(), 0); }
-  // When the GPU began the step, by its clock in ns.
-  const uint64_t* device_begin() const { return at<const uint64_t>(begin_.data(), 0); }
+  // When the GPU began the step, which expand() writes, and a place for its end; by the GPU's clock in ns.
+  uint64_t* device_times() const { return at<uint64_t>(times_.data(), 0) + 2 * block_; }
   const kernels::cuda::DecodeSampleRow* device_sampling() const {
     return at<const kernels::cuda::DecodeSampleRow>(device(), layout_.sampling);
   }
@@ -63,7 +63,7 @@ class StepInput {
   PinnedMemory host_[kMostStepsInFlight];
   PinnedMemory long_pages_[kMostStepsInFlight];  // long changes, in their places in the table
   DeviceMemory device_[kMostStepsInFlight];
-  DeviceMemory position_, sequence_, table_, begin_;
+  DeviceMemory position_, sequence_, table_, times_;
   std::vector<int32_t> table_mirror_;  // what the device's page table holds when the step runs
   int64_t used_bytes_ = 0;
   struct Range {
