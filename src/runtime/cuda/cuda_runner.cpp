@@ -205,8 +205,7 @@ Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>&
 }
 
 Result<CudaRunner::StepTimes> CudaRunner::last_step_times() const {
-  StepTimes times;
-  if (!times_) return times;
+  if (!times_) return StepTimes{};
   uint64_t both[2] = {};
   TS_RETURN_IF_ERROR(cuda_check(
       cudaMemcpyAsync(both, times_, sizeof(both), cudaMemcpyDeviceToHost, input_stream_.get()), "reading times"));
