@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "model/dummy_weights.h"
+#include "model/presets.h"
 #include "runtime/cuda/cuda_runner.h"
 #include "runtime/driver.h"
 #include "runtime/poisoned_source.h"
@@ -99,6 +101,35 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaAhead, testing::Values("demo", "dense-a", "
   std::replace(name.begin(), name.end(), '-', '_');
   return name;
 });
+
+// The kernels for few rows and for up to 64 on real sizes, each step right behind the other.
+TEST(CudaStepsInFlight, TheTokensOfOneStepAfterTheOtherOnLargeShapes) {
+  compile::ModelConfig config = must(model::find_preset("qwen3.5-35b-a3b"));
+  config.layers.resize(4);
+  config.fp8_blocks = true;
+  const auto source = must(model::DummyWeights::create(config));
+  const compile::ModelGraph graph = must(model::build_graph(config));
+  CudaRunnerOptions options = options_of(true);
+  options.weights = DType::kFloat8E4M3;
+  options.max_sequences = options.state_slots = 20;
+  const auto runner = must(CudaRunner::create(graph, *source, options));
+  for (const size_t count : {size_t{1}, size_t{8}, size_t{20}}) {
+    SCOPED_TRACE(count);
+    std::vector<Case> cases(count);
+    for (size_t s = 0; s < count; ++s) {
+      for (size_t i = 0; i <= s % 5; ++i)
+        cases[s].prompt.push_back(static_cast<int32_t>((i * 7919 + s * 104729) % 248000));
+      cases[s].new_tokens = 40;
+      if (s % 4 == 3) cases[s].sampling = {.temperature = 1.0f, .seed = s};
+    }
+    Driver expected(runner.get(), cases), ahead(runner.get(), cases);
+    expected.keep_tokens_only();
+    ahead.keep_tokens_only();
+    expected.run_together(64);
+    ahead.run_together_ahead(64);
+    EXPECT_EQ(ahead.outputs(), expected.outputs());
+  }
+}
 
 // Sequences of prompts of `length` tokens, of which the second may be one that leads to a NaN.
 struct Batch {
