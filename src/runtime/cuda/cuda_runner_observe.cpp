@@ -26,9 +26,11 @@ void CudaRunner::launch_fault(int32_t operation) {
   kernels::cuda::embedding({1, nullptr, table, out}, rank_.streams[0]);
 }
 
+// The last one submitted; what fails while another is in flight may be either's.
 std::string CudaRunner::describe_step() const {
-  return "a step of " + std::to_string(batch_->batch().sequences) + " sequences and " +
-         std::to_string(batch_->batch().tokens) + " tokens";
+  const std::string last = "a step of " + std::to_string(batch_->batch().sequences) + " sequences and " +
+                           std::to_string(batch_->batch().tokens) + " tokens";
+  return in_flight_ == 0 || options_.debug_sync ? last : last + " or the one before it";
 }
 
 // "operation 7 'router' of layer 0"; several launches may have been running.
