@@ -78,12 +78,6 @@ struct AttentionShared {
   __device__ uint8_t* probabilities() { return kManyRows ? reinterpret_cast<uint8_t*>(scores) : own_probabilities; }
 };
 
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Where 16-byte chunk `chunk` of key `row` lies in its slot, so that the operands' loads meet no bank twice.
 template <bool kFp8, bool kIsKey>
 __device__ __forceinline__ uint32_t slot_offset(int row, int chunk) {
