@@ -422,6 +422,7 @@ TEST(FewTokenGdn, ReferenceAndRowInvariance) {
 }
 
 TEST(FewTokenAttention, ReferenceAndRowInvariance) {
+  constexpr int32_t kMiddle = cuda::kDecodeMiddleSegments, kLong = cuda::kDecodeLongSegments;  // other segments behind
   Random random(fresh_seed());
   for (const bool fp8 : {false, true}) {
     for (const auto& [query_heads, kv_heads] :
@@ -431,12 +432,18 @@ TEST(FewTokenAttention, ReferenceAndRowInvariance) {
                                                                               {{1}, {63}},
                                                                               {{1}, {700}},
                                                                               {{8}, {60}},
+                                                                              {{8}, {124}},
                                                                               {{8}, {252}},
                                                                               {{5}, {8 * 256 - 2}},
                                                                               {{8}, {0}},
                                                                               {{1, 2, 1, 4}, {64, 127, 0, 1000}},
                                                                               {{3}, {5000}},
-                                                                              {{2}, {33 * 256}}}) {
+                                                                              {{8}, {32 * 128 - 3}},
+                                                                              {{2}, {33 * 256}},
+                                                                              {{8}, {kMiddle - 3}},
+                                                                              {{1, 2, 3}, {kMiddle, 100, kMiddle - 1}},
+                                                                              {{5}, {kLong - 4}},
+                                                                              {{2}, {kLong + 700}}}) {
         if (contexts[0] > 4000 && kv_heads > 1) continue;  // the reference takes its time
         SCOPED_TRACE(testing::Message() << "heads " << query_heads << " " << kv_heads << " context " << contexts[0]
                                         << " length " << lengths[0] << " fp8 " << fp8);
@@ -466,7 +473,7 @@ TEST(FewTokenAttention, ReferenceAndRowInvariance) {
         Both<uint8_t> narrow_k(narrow_keys), narrow_v(narrow_values);
         int64_t longest = 0;
         for (size_t s = 0; s < lengths.size(); ++s) longest = std::max<int64_t>(longest, contexts[s] + lengths[s]);
-        const int64_t max_context = longest <= cuda::kDecodeKeySegment ? longest : longest + 300;
+        const int64_t max_context = longest <= cuda::decode_key_segment(0) ? longest : longest + 300;
         Both<uint8_t> workspace(std::vector<uint8_t>(
             static_cast<size_t>(cuda::decode_attention_workspace_bytes(shape, tokens, max_context)) + 16));
         cuda::DecodeAttention args;

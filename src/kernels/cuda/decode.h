@@ -119,8 +119,9 @@ Status decode_gdn(const GdnMixer& args, const Launch& launch);
 
 // Attention of the step's tokens from the projections on: q and k norm, rope, KV write, softmax over all keys, output
 // gate. Same results as AttentionPrepare followed by PagedAttention (to the tolerance of bfloat16 probabilities).
-// The keys of a row are summed in segments of kDecodeKeySegment, whose results are then added in an order that depends
-// on their number alone. One launch of a block per segment, KV head and sequence.
+// The keys of a row are summed in segments of decode_key_segment(its position), whose results are then added in an
+// order that depends on their number alone. One launch of a block per segment, KV head and sequence; where a sequence's
+// rows have segments of two sizes, each of the two kinds of rows has its own.
 // Every sequence has at least one token; at most kDecodeTokens tokens, or any number of sequences of one token each.
 // max_context: no sequence may have context + new tokens above it; it sets the number of blocks launched, so one
 // captured graph serves all contexts up to it. KV pages bfloat16 or float8_e4m3 (unscaled). Bytes: per sequence,
@@ -139,7 +140,13 @@ struct DecodeAttention {
   int64_t max_context = 0;
   void* workspace = nullptr;  // decode_attention_workspace_bytes(), zeroed once before the first use
 };
-inline constexpr int kDecodeKeySegment = 256;
+// Short segments spread a short context over more multiprocessors, long ones have less to add up in the end. The limits
+// are multiples of the sizes on both sides.
+inline constexpr int kDecodeMiddleSegments = 16384;
+inline constexpr int kDecodeLongSegments = 32768;
+constexpr int decode_key_segment(int64_t position) {
+  return position < kDecodeMiddleSegments ? 128 : position < kDecodeLongSegments ? 256 : 512;
+}
 int64_t decode_attention_workspace_bytes(const AttentionShape& shape, int64_t tokens, int64_t max_context);
 Status decode_attention(const DecodeAttention& args, const Launch& launch);
 

@@ -1,10 +1,11 @@
-// decode_attention: softmax over all keys for the step's few tokens, split over segments of kDecodeKeySegment keys.
+// decode_attention: softmax over all keys for the step's few tokens, split over segments of decode_key_segment() keys.
 //
-// A block takes (segment, KV head, sequence). It streams the segment's keys and values through a ring of slots, the
-// first of them before its predecessor has ended; forms the normed and turned queries of its group
-// from the projections, puts the step's own keys and values where they fall into its range (and into the pages), and
-// computes S = Q K^T, P = 2^(S - m), O = sum P V on the tensor cores with a running maximum. Is the sequence longer
-// than a segment, then O, m and l go to the workspace, and the blocks that come last add them
+// A block takes (segment, KV head, sequence), of a sequence whose rows lie on both sides of a limit of segment sizes
+// first the segments of the rows before it, then those of the rows behind it. It streams the segment's keys and values
+// through a ring of slots, the first of them before its predecessor has ended; forms the normed and turned queries of
+// its group from the projections, puts the step's own keys and values where they fall into its range (and into the
+// pages), and computes S = Q K^T, P = 2^(S - m), O = sum P V on the tensor cores with a running maximum. Is the
+// sequence longer than a segment, then O, m and l go to the workspace, and the blocks that come last add them
 // (decode_attention_merge.cuh). They wait for the others, so there are fewer of them than multiprocessors: always one
 // has room for those to come.
 #include <algorithm>
@@ -19,20 +20,62 @@ namespace {
 using namespace decode_attention_parts;
 
 constexpr int64_t kMostGroups = 1024;  // sequences times KV heads
-constexpr int64_t kCounterBytes = kMostGroups * 2 * sizeof(int32_t);
+constexpr int kKinds = 2;              // of rows in a step, by the size of their segments
+constexpr int64_t kCounterBytes = kMostGroups * kKinds * 2 * sizeof(int32_t);
 
 // The block's place in the step.
 struct Work {
   int sequence;
   int kv_head;
   int token_begin;
-  int tokens;
+  int tokens;  // of the sequence
   int context;
-  int first;  // key of the segment
-  int count;  // keys of the segment, the step's own included
+  int kinds;
+  int kind;
+  int first_row_token;  // those tokens' rows are the block's
+  int row_tokens;
+  int segment;   // keys of one
+  int segments;  // of the last row
+  int first;     // key of the segment
+  int count;     // keys of the segment, the step's own included
 
-  __device__ int segments() const { return (context + tokens - 1) / kSegment + 1; }
+  __device__ MergeRows rows(int group) const {
+    return {token_begin + first_row_token, context + first_row_token, kv_head, row_tokens * group, segment};
+  }
 };
+
+__device__ inline Work find_work(const SequenceBatch& batch) {
+  Work work;
+  work.sequence = blockIdx.z;
+  work.kv_head = blockIdx.y;
+  work.token_begin = batch.token_begin[work.sequence];
+  work.tokens = batch.token_begin[work.sequence + 1] - work.token_begin;
+  work.context = batch.context[work.sequence];
+  work.first_row_token = 0;
+  work.row_tokens = work.tokens;
+  work.segment = decode_key_segment(work.context);
+  work.kinds = decode_key_segment(work.context + work.tokens - 1) == work.segment ? 1 : kKinds;
+  work.kind = 0;
+  int index = blockIdx.x;
+  if (work.kinds > 1) {
+    const int limit = work.context < kDecodeMiddleSegments ? kDecodeMiddleSegments : kDecodeLongSegments;
+    const int before = limit - work.context;
+    if (index < limit / work.segment) {
+      work.row_tokens = before;
+    } else {
+      index -= limit / work.segment;
+      work.kind = 1;
+      work.first_row_token = before;
+      work.row_tokens = work.tokens - before;
+      work.segment = decode_key_segment(limit);
+    }
+  }
+  const int end = work.context + work.first_row_token + work.row_tokens;
+  work.segments = (end - 1) / work.segment + 1;
+  work.first = index * work.segment;
+  work.count = min(end - work.first, work.segment);
+  return work;
+}
 
 // A thread's share of the segment's copies.
 template <typename Shared>
@@ -64,11 +107,14 @@ struct KeyStream {
     const int first = static_cast<int>(threadIdx.x) / kChunks * kRows;
     const int key = load / 2 * Shared::kKeys + first;
     const uint32_t to = shared_address(slot(load));
-    const bool all = older >= (load / 2 + 1) * Shared::kKeys;
+    static_assert(kRows == 8);
+    const uint4 low = *reinterpret_cast<const uint4*>(&s.offset[key]);
+    const uint4 high = *reinterpret_cast<const uint4*>(&s.offset[key + 4]);
+    const uint32_t offset[kRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int64_t at = (static_cast<int64_t>(s.offset[key + j]) + chunk) * 16;
-      copy16_async(to + slot_offset<kFp8, kIsKey>(first + j, chunk), from + at, all || key + j < older);
+      const int64_t at = (static_cast<int64_t>(offset[j]) + chunk) * 16;
+      copy16_async(to + slot_offset<kFp8, kIsKey>(first + j, chunk), from + at, key + j < older);
     }
   }
 };
@@ -109,7 +155,42 @@ __device__ inline void load_weights(const float* from, float (&weight)[8]) {
   for (int i = 0; i < 8; ++i) weight[i] = values[i];
 }
 
-// Queries to shared memory; the step's own keys and values to the pages.
+// Rows of queries whose norms, and whose maxima, are computed side by side by a warp.
+template <int kTiles>
+constexpr int kRowsAtOnce = kTiles < 8 ? kTiles : 8;
+
+// Queries to shared memory: row `warp` of each eight, of an unfilled eight the last row again.
+template <typename Shared>
+__device__ inline void stage_queries(const AttentionParameters& p, Shared& s, const Work& work,
+                                     const uint4 (&raw)[Shared::kRowTiles], const float (&weight)[8]) {
+  constexpr bool kFp8 = Shared::kIsFp8;
+  constexpr int kTiles = Shared::kRowTiles;
+  constexpr int kAtOnce = kRowsAtOnce<kTiles>;
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int last = work.row_tokens * p.group - 1;
+#pragma unroll
+  for (int first = 0; first < kTiles; first += kAtOnce) {
+    uint4 query[kAtOnce];
+    const float2* turn[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      query[i] = raw[first + i];
+      turn[i] = s.turns[work.first_row_token + p.token_of(min(warp + (first + i) * kWarps, last))];
+    }
+    norm_and_turn<kAtOnce>(query, weight, p.epsilon, turn);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if constexpr (kFp8) {
+        query[i] = {half_from_bf16(query[i].x), half_from_bf16(query[i].y), half_from_bf16(query[i].z),
+                    half_from_bf16(query[i].w)};
+      }
+      *reinterpret_cast<uint4*>(s.query + swizzled<kQueryBytes>(warp + (first + i) * kWarps, lane)) = query[i];
+    }
+  }
+}
+
+// Queries to shared memory; the step's own keys and values to the pages, those of the block's rows.
 template <typename Shared>
 __device__ inline OwnToken stage(const AttentionParameters& p, Shared& s, const Work& work,
                                  const float (&query_norm)[8], const float (&key_norm)[8]) {
@@ -117,46 +198,40 @@ __device__ inline OwnToken stage(const AttentionParameters& p, Shared& s, const 
   constexpr int kTiles = Shared::kRowTiles;
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int rows = work.tokens * p.group;
   OwnToken own;
-  uint4 raw_key = {};
+  uint4 raw_key[1] = {};
   const int local = work.context + warp - work.first;
-  if (warp < work.tokens && local >= 0 && local < kSegment) {
+  if (warp < work.tokens && local >= 0 && local < work.segment) {
     own.local = local;
     const int64_t token = work.token_begin + warp;
     const int column = work.kv_head * kHeadDim + lane * 8;
-    raw_key = *reinterpret_cast<const uint4*>(p.key + token * p.key_stride + column);
+    raw_key[0] = *reinterpret_cast<const uint4*>(p.key + token * p.key_stride + column);
     own.value = *reinterpret_cast<const uint4*>(p.value + token * p.value_stride + column);
   }
+  const MergeRows rows = work.rows(p.group);
   uint4 raw[kTiles];  // all on their way before the first is needed
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const int row = min(warp + i * kWarps, rows - 1);
-    const int head = work.kv_head * p.group + row % p.group;
-    raw[i] = *reinterpret_cast<const uint4*>(p.q_gate + (work.token_begin + row / p.group) * p.q_gate_stride +
-                                             head * 2 * kHeadDim + lane * 8);
+    const int row = min(warp + i * kWarps, rows.count - 1);
+    raw[i] = *(reinterpret_cast<const uint4*>(queries_of(p, rows.token(p, row), rows.head(p, row))) + lane);
   }
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const int row = warp + i * kWarps;
-    if (row >= rows) break;
-    uint4 query = norm_and_turn(raw[i], query_norm, p.epsilon, s.turns[row / p.group]);
-    if constexpr (kFp8) {
-      query = {half_from_bf16(query.x), half_from_bf16(query.y), half_from_bf16(query.z), half_from_bf16(query.w)};
-    }
-    *reinterpret_cast<uint4*>(s.query + swizzled<kQueryBytes>(row, lane)) = query;
-  }
+  stage_queries(p, s, work, raw, query_norm);
   if (own.local < 0) return own;
-  own.key = norm_and_turn(raw_key, key_norm, p.epsilon, s.turns[warp]);
-  const int64_t at =
-      static_cast<int64_t>(page_offset<Shared>(p, work, work.context + warp)) * (kFp8 ? 16 : 8) + lane * 8;
+  const float2* const turn[1] = {s.turns[warp]};
+  norm_and_turn<1>(raw_key, key_norm, p.epsilon, turn);
+  own.key = raw_key[0];
   if constexpr (kFp8) {
     const uint2 key = fp8_from_bf16(own.key);
     const uint2 value = fp8_from_bf16(own.value);
-    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.keys) + at) = key;
-    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.values) + at) = value;
     own.key = {key.x, key.y, 0, 0};
     own.value = {value.x, value.y, 0, 0};
+  }
+  if (warp < work.first_row_token || warp >= work.first_row_token + work.row_tokens) return own;
+  const int64_t at =
+      static_cast<int64_t>(page_offset<Shared>(p, work, work.context + warp)) * (kFp8 ? 16 : 8) + lane * 8;
+  if constexpr (kFp8) {
+    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.keys) + at) = {own.key.x, own.key.y};
+    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.values) + at) = {own.value.x, own.value.y};
   } else {
     *reinterpret_cast<uint4*>(static_cast<bf16*>(p.pages.keys) + at) = own.key;
     *reinterpret_cast<uint4*>(static_cast<bf16*>(p.pages.values) + at) = own.value;
@@ -186,38 +261,57 @@ struct Softmax {
       sum[i] = 0;
     }
   }
-  // Keys first .. first + kKeys - 1 of the sequence.
+  // Keys first .. first + kKeys - 1 of the sequence. What the rows of an unfilled eight give, nobody reads.
   __device__ void add(Shared& s, const AttentionParameters& p, const Work& work, int first) {
-    const int warp = threadIdx.x / kWarp;
-    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kTiles; i += kRowsAtOnce<kTiles>) add_rows(s, p, work, first, i);
+  }
+  __device__ void publish(Shared& s, int rows) const {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int row = warp + i * kWarps;
-      if (row >= work.tokens * p.group) break;
-      const int visible = work.context + row / p.group - first;  // the last of the keys that the row sees
-      float x[kEach];
+      const int row = threadIdx.x / kWarp + i * kWarps;
+      if (row >= rows) break;
+      const float total = warp_sum(sum[i]);
+      if (threadIdx.x % kWarp == 0) s.greatest_sum[row] = {greatest[i], total};
+    }
+  }
+
+ private:
+  // Rows warp + 8 i and on, side by side.
+  __device__ __forceinline__ void add_rows(Shared& s, const AttentionParameters& p, const Work& work, int first,
+                                           int begin) {
+    constexpr int kAtOnce = kRowsAtOnce<kTiles>;
+    const int warp = threadIdx.x / kWarp;
+    const int lane = threadIdx.x % kWarp;
+    float x[kAtOnce][kEach];
+    float top[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = warp + (begin + i) * kWarps;
+      load_scores(s, row, x[i]);
+      // The last of the keys that the row sees.
+      const int visible = work.context + work.first_row_token + p.token_of(row) - first;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        const int key = lane * kEach + j;
-        x[j] = s.scores[0][row][key];
-#pragma unroll
-        for (int part = 1; part < Shared::kParts; ++part) x[j] += s.scores[part][row][key];
-        x[j] = key <= visible ? x[j] * p.scale : -INFINITY;
+        x[i][j] = lane * kEach + j <= visible ? x[i][j] * p.scale : -INFINITY;
+        top[i] = j == 0 ? x[i][0] : fmaxf(top[i], x[i][j]);
       }
-      float top = x[0];
+    }
 #pragma unroll
-      for (int j = 1; j < kEach; ++j) top = fmaxf(top, x[j]);
-      top = fmaxf(greatest[i], greatest_of_warp(top));
-      const float base = top == -INFINITY ? 0.0f : top;  // a row that sees none of the segment's keys yet
-      const float shrink = power_of_two(greatest[i] - base);
-      greatest[i] = top;
+    for (int i = 0; i < kAtOnce; ++i) top[i] = fmaxf(greatest[begin + i], greatest_of_warp(top[i]));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = warp + (begin + i) * kWarps;
+      const float base = top[i] == -INFINITY ? 0.0f : top[i];  // a row that sees none of the segment's keys yet
+      const float shrink = power_of_two(greatest[begin + i] - base);
+      greatest[begin + i] = top[i];
       if (lane == 0) s.shrink[row] = shrink;
       uint32_t rounded[kEach / 2];
       float added = 0;  // of the rounded values, which multiply V
 #pragma unroll
       for (int j = 0; j < kEach / 2; ++j) {
-        const float low = power_of_two(x[2 * j] - base);
-        const float high = power_of_two(x[2 * j + 1] - base);
+        const float low = power_of_two(x[i][2 * j] - base);
+        const float high = power_of_two(x[i][2 * j + 1] - base);
         if constexpr (kFp8) {
           rounded[j] = pack_half(low, high);
           const float2 halves = __half22float2(*reinterpret_cast<const __half2*>(&rounded[j]));
@@ -233,16 +327,19 @@ struct Softmax {
       } else {
         *reinterpret_cast<uint32_t*>(to) = rounded[0];
       }
-      sum[i] = fmaf(sum[i], shrink, added);
+      sum[begin + i] = fmaf(sum[begin + i], shrink, added);
     }
   }
-  __device__ void publish(Shared& s, int rows) const {
+  // This lane's kEach neighbouring scores of a row.
+  __device__ static void load_scores(const Shared& s, int row, float (&x)[kEach]) {
+    const int key = static_cast<int>(threadIdx.x) % kWarp * kEach;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int row = threadIdx.x / kWarp + i * kWarps;
-      if (row >= rows) break;
-      const float total = warp_sum(sum[i]);
-      if (threadIdx.x % kWarp == 0) s.greatest_sum[row] = {greatest[i], total};
+    for (int part = 0; part < Shared::kParts; ++part) {
+      using Vector = std::conditional_t<kEach == 4, float4, float2>;
+      const Vector scores = *reinterpret_cast<const Vector*>(&s.scores[part][row][key]);
+      const float* const each = reinterpret_cast<const float*>(&scores);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) x[j] = part == 0 ? each[j] : x[j] + each[j];
     }
   }
 };
@@ -296,43 +393,84 @@ __device__ inline void add_values(Shared& s, float (&o)[Shared::kRowTiles][2][4]
   multiply_values(o, s, values);
 }
 
-// Results of the whole sequence, or the segment's to the workspace.
-template <typename Shared>
-__device__ inline void write_rows(const AttentionParameters& p, const Shared& s,
-                                  const float (&o)[Shared::kRowTiles][2][4], const Work& work, bool final) {
-  constexpr bool kFp8 = Shared::kIsFp8;
-  constexpr int kTiles = Shared::kRowTiles;
+// The gates of this lane's share of the rows, eight dims of row lane / 4 of each eight.
+template <int kTiles>
+struct Gates {
+  uint4 raw[kTiles];
+
+  __device__ void load(const AttentionParameters& p, const MergeRows& rows) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = min(tile * 8 + static_cast<int>(threadIdx.x) % kWarp / 4, rows.count - 1);
+      raw[tile] = *reinterpret_cast<const uint4*>(gates_of(p, rows.token(p, row), rows.head(p, row)) + first_dim());
+    }
+  }
+  __device__ static int first_dim() {
+    return static_cast<int>(threadIdx.x) / kWarp * 32 + static_cast<int>(threadIdx.x) % 4 * 8;
+  }
+};
+
+// Eight rows of a warp's 32 dims, so far apart that neither stores of columns nor loads of rows meet a bank twice.
+constexpr int kTurnedPitch = 36;
+using TurnedTile = float[8][kTurnedPitch];
+
+template <bool kFp8>
+__device__ inline void store_turned(TurnedTile& to, const float (&o)[2][4]) {
   const int lane = threadIdx.x % kWarp;
-  const MergeRows rows = {work.token_begin, work.context, work.kv_head, work.tokens * p.group};
-  const int64_t segment = work.first / kSegment * segment_stride(p);
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int column = 0; column < 2; ++column) {
+    float* const row = to[lane % 4 * 2 + column];
+    if constexpr (kFp8) {
+      *reinterpret_cast<float4*>(row + dim_of<true>(0, 0)) = {o[0][column], o[0][column + 2], o[1][column],
+                                                              o[1][column + 2]};
+    } else {
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int row = tile * 8 + lane % 4 * 2 + column;
+      for (int i = 0; i < 4; ++i) row[dim_of<false>(i / 2, i % 2)] = o[i / 2][i % 2 * 2 + column];
+    }
+  }
+}
+
+// Results of the whole sequence, or the segment's to the workspace. Columns of sums become rows through the ring, each
+// warp for itself.
+template <typename Shared>
+__device__ inline void write_rows(const AttentionParameters& p, Shared& s, const float (&o)[Shared::kRowTiles][2][4],
+                                  const Gates<Shared::kRowTiles>& gates, const Work& work, bool final) {
+  constexpr int kTiles = Shared::kRowTiles;
+  constexpr int kAtOnce = kTiles < 4 ? kTiles : 4;
+  static_assert(sizeof(TurnedTile) * kAtOnce * kWarps <= sizeof(s.ring));
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  TurnedTile* const turned = reinterpret_cast<TurnedTile*>(s.ring) + warp * kAtOnce;
+  const MergeRows rows = work.rows(p.group);
+  const int64_t segment = work.first / work.segment * segment_stride(p);
+#pragma unroll
+  for (int first = 0; first < kTiles; first += kAtOnce) {
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kAtOnce; ++tile) store_turned<Shared::kIsFp8>(turned[tile], o[first + tile]);
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kAtOnce; ++tile) {
+      const int row = (first + tile) * 8 + lane / 4;
       if (row >= rows.count) continue;
-      const int token = rows.token(p, row);
-      const int head = rows.head(p, row);
+      const float4* const from = reinterpret_cast<const float4*>(&turned[tile][lane / 4][lane % 4 * 8]);
+      const float4 low = from[0], high = from[1];
       const float2 ml = s.greatest_sum[row];
-      const int64_t at = segment + rows.at(p, row);
-      if (!final) {
-        if (threadIdx.x < 4) __stcg(p.greatest_sum + at, ml);
-        if constexpr (kFp8) {
-          const float4 sums = {o[tile][0][column], o[tile][0][column + 2], o[tile][1][column], o[tile][1][column + 2]};
-          __stcg(reinterpret_cast<float4*>(p.partial + at * kHeadDim + dim_of<true>(0, 0)), sums);
-          continue;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int dim = dim_of<kFp8>(i / 2, i % 2);
-        const float sum = o[tile][i / 2][i % 2 * 2 + column];
-        if (final) {
-          p.out[token * p.out_stride + head * kHeadDim + dim] =
-              __float2bfloat16_rn(gated(sum, ml.y, __bfloat162float(gates_of(p, token, head)[dim])));
-        } else {
-          __stcg(p.partial + at * kHeadDim + dim, sum);
-        }
+      const int dim = Gates<kTiles>::first_dim();
+      if (final) {
+        const uint4& gate = gates.raw[first + tile];
+        const float scale = reciprocal(ml.y);
+        *reinterpret_cast<uint4*>(out_of(p, rows.token(p, row), rows.head(p, row)) + dim) = {
+            pack_bf16(gated(low.x, scale, bf16_low(gate.x)), gated(low.y, scale, bf16_high(gate.x))),
+            pack_bf16(gated(low.z, scale, bf16_low(gate.y)), gated(low.w, scale, bf16_high(gate.y))),
+            pack_bf16(gated(high.x, scale, bf16_low(gate.z)), gated(high.y, scale, bf16_high(gate.z))),
+            pack_bf16(gated(high.z, scale, bf16_low(gate.w)), gated(high.w, scale, bf16_high(gate.w)))};
+      } else {
+        const int64_t at = segment + rows.at(p, row);
+        float4* const to = reinterpret_cast<float4*>(p.partial + at * kHeadDim + dim);
+        __stcg(to, low);
+        __stcg(to + 1, high);
+        if (dim == 0) __stcg(p.greatest_sum + at, ml);
       }
     }
   }
@@ -341,9 +479,9 @@ __device__ inline void write_rows(const AttentionParameters& p, const Shared& s,
 // Counts the block; the last ones wait for all and add the segments.
 template <typename Shared>
 __device__ inline void merge_when_complete(const AttentionParameters& p, Shared& s, const Work& work) {
-  const int segments = work.segments();
-  const int mergers = min(p.mergers, segments);
-  int32_t* const counters = p.counters + (work.sequence * p.pages.heads + work.kv_head) * 2;
+  const int segments = work.segments;
+  const int mergers = min(max(p.mergers / work.kinds, 1), segments);
+  int32_t* const counters = p.counters + ((work.sequence * p.pages.heads + work.kv_head) * kKinds + work.kind) * 2;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -359,9 +497,8 @@ __device__ inline void merge_when_complete(const AttentionParameters& p, Shared&
     } while (arrived < segments);
   }
   __syncthreads();
-  const MergeRows rows = {work.token_begin, work.context, work.kv_head, work.tokens * p.group};
   static_assert(sizeof(MergeShared) <= sizeof(s.ring));
-  merge_segments(p, rows, *reinterpret_cast<MergeShared*>(s.ring), merger, mergers, segments);
+  merge_segments(p, work.rows(p.group), *reinterpret_cast<MergeShared*>(s.ring), merger, mergers, segments);
   if (threadIdx.x == 0 && atomicAdd(counters + 1, 1) == mergers - 1) counters[0] = counters[1] = 0;
 }
 
@@ -371,28 +508,25 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   extern __shared__ __align__(128) uint8_t dynamic[];
   using Shared = AttentionShared<kFp8, kTiles, kDeep>;
   Shared& s = *reinterpret_cast<Shared*>(dynamic);
-  Work work;
-  work.sequence = blockIdx.z;
-  work.kv_head = blockIdx.y;
-  work.token_begin = p.batch.token_begin[work.sequence];
-  work.tokens = p.batch.token_begin[work.sequence + 1] - work.token_begin;
-  work.context = p.batch.context[work.sequence];
-  work.first = blockIdx.x * kSegment;
-  work.count = min(work.context + work.tokens - work.first, kSegment);
+  const Work work = find_work(p.batch);
   if (work.count <= 0) {
     wait_for_predecessor();
     allow_successor();
     return;
   }
-  const int older = min(work.context - work.first, kSegment);
-  for (int i = threadIdx.x; i < kSegment; i += kThreads)
+  const int older = min(work.context - work.first, work.segment);
+#pragma unroll
+  for (int first = 0; first < kLongestSegment; first += kThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
     s.offset[i] = i < older ? page_offset<Shared>(p, work, work.first + i) : 0;
+  }
   __syncthreads();
   constexpr int kKeys = Shared::kKeys;
   const int blocks = (work.count + kKeys - 1) / kKeys;
   const KeyStream<Shared> stream{p, s, older, blocks * 2};
-#pragma unroll
+#pragma unroll 1
   for (int load = 0; load < Shared::kSlots - 1; ++load) stream.fetch(load);
+#pragma unroll 1
   for (int i = threadIdx.x; i < work.tokens * kRotaryPairs; i += kThreads) {
     float sine, cosine;
     sincosf(static_cast<float>(work.context + i / kRotaryPairs) * p.frequencies[i % kRotaryPairs], &sine, &cosine);
@@ -405,6 +539,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   wait_for_predecessor();
   allow_successor();
   const OwnToken own = stage(p, s, work, query_norm, key_norm);
+  // A row's gates are fetched under the products where there are registers for them.
+  constexpr bool kGatesEarly = kTiles <= 2;
+  const bool final = work.segments == 1;
+  Gates<kTiles> gates = {};
+  if (kGatesEarly && final) gates.load(p, work.rows(p.group));
 
   Softmax<Shared> softmax;
   float o[kTiles][2][4] = {};
@@ -431,14 +570,32 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
     __syncthreads();
     add_values(s, o, stream.slot(2 * block + 1));
   }
-  softmax.publish(s, work.tokens * p.group);
+  if (!kGatesEarly && final) gates.load(p, work.rows(p.group));
+  softmax.publish(s, work.row_tokens * p.group);
   __syncthreads();
-  const bool final = work.segments() == 1;
-  write_rows(p, s, o, work, final);
+  write_rows(p, s, o, gates, work, final);
   if (!final) merge_when_complete(p, s, work);
 }
 
-int64_t segments_of(int64_t max_context) { return (max_context + kSegment - 1) / kSegment; }
+// The most segments of a row at a position below max_context; the rows just before a limit have many.
+int64_t segments_of(int64_t max_context) {
+  int64_t most = 0;
+  for (const int64_t end : {max_context, int64_t{kDecodeMiddleSegments}, int64_t{kDecodeLongSegments}}) {
+    if (end <= max_context) most = std::max(most, (end - 1) / decode_key_segment(end - 1) + 1);
+  }
+  return most;
+}
+
+// The most blocks that a sequence with so many rows takes per KV head: its rows may lie on both sides of a limit.
+int64_t blocks_of(int64_t max_context, int64_t tokens) {
+  int64_t most = segments_of(max_context);
+  for (const int64_t limit : {kDecodeMiddleSegments, kDecodeLongSegments}) {
+    const int64_t end = std::min(max_context, limit + tokens - 1);
+    if (end > limit)
+      most = std::max(most, limit / decode_key_segment(limit - 1) + (end - 1) / decode_key_segment(limit) + 1);
+  }
+  return most;
+}
 
 Status check(const DecodeAttention& a) {
   const auto bad = [](const std::string& what) { return invalid_argument("decode_attention: " + what); };
@@ -502,6 +659,7 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch) {
   p.epsilon = args.epsilon;
   p.scale = 1.4426950408889634f / 16.0f;  // log2(e) / sqrt(kHeadDim)
   p.group = static_cast<int>(args.shape.query_heads / args.shape.kv_heads);
+  p.group_inverse = (65536 + p.group - 1) / p.group;
   p.query_heads = static_cast<int>(args.shape.query_heads);
   p.out = static_cast<bf16*>(args.out.data);
   p.out_stride = args.out.stride;
@@ -519,8 +677,8 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch) {
   }
   const int64_t most_tokens =
       args.batch.tokens == args.batch.sequences ? 1 : args.batch.tokens - args.batch.sequences + 1;
-  const dim3 grid(static_cast<unsigned>(segments), static_cast<unsigned>(args.shape.kv_heads),
-                  static_cast<unsigned>(args.batch.sequences));
+  const dim3 grid(static_cast<unsigned>(blocks_of(args.max_context, most_tokens)),
+                  static_cast<unsigned>(args.shape.kv_heads), static_cast<unsigned>(args.batch.sequences));
   return args.pages.dtype == DType::kFloat8E4M3 ? launch_rows<true>(p, most_tokens * p.group, grid, launch)
                                                 : launch_rows<false>(p, most_tokens * p.group, grid, launch);
 }

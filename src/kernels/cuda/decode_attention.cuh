@@ -13,7 +13,8 @@
 namespace tokenspeed::kernels::cuda::decode_attention_parts {
 
 constexpr int kHeadDim = 256;
-constexpr int kSegment = kDecodeKeySegment;
+constexpr int kShortestSegment = decode_key_segment(0);
+constexpr int kLongestSegment = decode_key_segment(INT32_MAX);
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kMaxGroup = 16;
@@ -32,16 +33,20 @@ struct AttentionParameters {
   const float* query_norm;
   const float* key_norm;
   float epsilon;
-  float scale;  // of scores to powers of two
-  int group;
+  float scale;        // of scores to powers of two
+  int group;          // query heads of a KV head
+  int group_inverse;  // 2^16 / group, rounded up
   int query_heads;
   bf16* out;
   int64_t out_stride;
-  int32_t* counters;     // [sequence][KV head][2], zero between launches
+  int32_t* counters;     // [sequence][KV head][kind of rows][2], zero between launches
   float* partial;        // [segment][T][query head][kHeadDim]
   float2* greatest_sum;  // [segment][T][query head] m and l
   int mergers;           // at most so many blocks add the segments of a sequence and KV head
   float frequencies[kRotaryPairs];
+
+  // Of a block's row, which is below kDecodeTokens * kMaxGroup: exact.
+  __device__ int token_of(int row) const { return (row * group_inverse) >> 16; }
 };
 
 // kTiles * 8 rows (token, head of the group). Where a launch has few blocks, each takes a whole multiprocessor's memory
@@ -60,18 +65,18 @@ struct AttentionShared {
   // Rows are so far apart that the operands' loads and stores meet no bank twice.
   static constexpr int kScorePitch = kKeys + 4;
   static constexpr int kProbabilityPitch = kManyRows ? kScorePitch * 4 : kKeys * 2 + (kFp8 ? 32 : 16);
-  static_assert(kSegment % kKeys == 0);
+  static_assert(kShortestSegment % kKeys == 0);
 
   alignas(128) uint8_t ring[kSlots][kKeys * kRowBytes];
   alignas(128) uint8_t query[kTiles * 8 * kQueryBytes];
   alignas(16) uint8_t own_probabilities[kManyRows ? 16 : kTiles * 8 * kProbabilityPitch];
   union {
     alignas(16) float scores[kParts][kTiles * 8][kScorePitch];
-    float2 turns[kDecodeTokens][kRotaryPairs];  // cosine, sine; before the first scores
+    alignas(16) float2 turns[kDecodeTokens][kRotaryPairs];  // cosine, sine; before the first scores
   };
   float shrink[kTiles * 8];
   float2 greatest_sum[kTiles * 8];
-  alignas(16) uint32_t offset[kSegment];  // of each older token's key or value in its pages, in 16 bytes
+  alignas(16) uint32_t offset[kLongestSegment];  // of each older token's key or value in its pages, in 16 bytes
   int ticket;
 
   // A row's take its scores' place where memory is short.
@@ -254,39 +259,56 @@ __device__ __forceinline__ void multiply_values(float (&o)[Shared::kRowTiles][2]
   }
 }
 
-// The dim of sums o[.][u][column of two + 2 * half] of this lane.
+// The dim of sums o[.][u][column of two + 2 * half] of this lane, from its warp's first.
 template <bool kFp8>
 __device__ __forceinline__ int dim_of(int u, int half) {
-  const int begin = static_cast<int>(threadIdx.x) / kWarp * 32;
   const int n = threadIdx.x % kWarp / 4;
-  return kFp8 ? begin + n * 4 + u * 2 + half : begin + u * 16 + half * 8 + n;
+  return kFp8 ? n * 4 + u * 2 + half : u * 16 + half * 8 + n;
 }
 
-// Eight dims per lane of a head: zero-centred norm over 256, then the rotation of the first 64 dims (dim i and i + 32
-// are four lanes apart), rounded once.
-__device__ __forceinline__ uint4 norm_and_turn(const uint4& raw, const float* weight, float epsilon,
-                                               const float2* turn) {
+// Heads of eight dims per lane, side by side: zero-centred norm over 256, then the rotation of the first 64 dims (dim i
+// and i + 32 are four lanes apart) by turn[head][dim], rounded once. Sums are spelled as fmaf, so that no number of
+// heads makes the compiler choose others.
+template <int kHeads>
+__device__ __forceinline__ void norm_and_turn(uint4 (&heads)[kHeads], const float (&weight)[8], float epsilon,
+                                              const float2* const (&turn)[kHeads]) {
   const int lane = threadIdx.x % kWarp;
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  float v[8];
-  float squares = 0;
+  float v[kHeads][8];
+  float squares[kHeads] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = bf16_low(words[i]);
-    v[2 * i + 1] = bf16_high(words[i]);
-    squares += v[2 * i] * v[2 * i] + v[2 * i + 1] * v[2 * i + 1];
+  for (int h = 0; h < kHeads; ++h) {
+    const uint32_t words[4] = {heads[h].x, heads[h].y, heads[h].z, heads[h].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[h][2 * i] = bf16_low(words[i]);
+      v[h][2 * i + 1] = bf16_high(words[i]);
+      squares[h] = fmaf(v[h][2 * i], v[h][2 * i], squares[h]);
+      squares[h] = fmaf(v[h][2 * i + 1], v[h][2 * i + 1], squares[h]);
+    }
   }
-  const float inverse = rsqrtf(warp_sum(squares) / kHeadDim + epsilon);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] *= inverse * (1.0f + weight[i]);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float other = __shfl_xor_sync(~0u, v[i], 4);
-    if (lane >= 8) continue;
-    const float2 angle = turn[lane % 4 * 8 + i];
-    v[i] = lane < 4 ? v[i] * angle.x - other * angle.y : v[i] * angle.x + other * angle.y;
+    for (int h = 0; h < kHeads; ++h) squares[h] += __shfl_xor_sync(~0u, squares[h], offset);
   }
-  return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    const float inverse = rsqrtf(squares[h] / kHeadDim + epsilon);
+    const auto* const angles = reinterpret_cast<const float4*>(turn[h] + lane % 4 * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[h][i] *= inverse * (1.0f + weight[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 angle = angles[i];  // of two dims
+      const float other[2] = {__shfl_xor_sync(~0u, v[h][2 * i], 4), __shfl_xor_sync(~0u, v[h][2 * i + 1], 4)};
+      const float turned[2] = {fmaf(lane < 4 ? -other[0] : other[0], angle.y, v[h][2 * i] * angle.x),
+                               fmaf(lane < 4 ? -other[1] : other[1], angle.w, v[h][2 * i + 1] * angle.z)};
+      v[h][2 * i] = lane < 8 ? turned[0] : v[h][2 * i];
+      v[h][2 * i + 1] = lane < 8 ? turned[1] : v[h][2 * i + 1];
+    }
+    heads[h] = {pack_bf16(v[h][0], v[h][1]), pack_bf16(v[h][2], v[h][3]), pack_bf16(v[h][4], v[h][5]),
+                pack_bf16(v[h][6], v[h][7])};
+  }
 }
 
 }  // namespace tokenspeed::kernels::cuda::decode_attention_parts
