@@ -136,7 +136,8 @@ class Layer {
     route.norm_weight = norm.device();
     route.normed = from(normed);
     route.segment_count = 2;
-    route.segments[0] = {{router.device(), DType::kBFloat16, MatrixLayout::kRowMajor, s.experts, s.hidden, nullptr}, from(logits)};
+    route.segments[0] = {{router.device(), DType::kBFloat16, MatrixLayout::kRowMajor, s.experts, s.hidden, nullptr},
+                         from(logits)};
     route.segments[1] = {w_gate.device(), from(gate)};
     made.push_back(route);
     up.x = route.normed;

@@ -1,4 +1,5 @@
-// The persistent kernel for weights of one type, compiled apart. columns: 1, 2, 4 or 8, at least the step's rows; experts: of the router.
+// The persistent kernel for weights of one type, compiled apart. columns: 1, 2, 4 or 8, at least the step's rows;
+// experts: of the router.
 #pragma once
 
 #include "kernels/cuda/decode_layers_program.h"

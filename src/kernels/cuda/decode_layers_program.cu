@@ -9,6 +9,7 @@ namespace tokenspeed::kernels::cuda {
 namespace {
 
 constexpr size_t kMostSharedBytes = 227 * 1024;
+constexpr size_t kLeastSlots = 2;
 
 bool streams(const Matrix& m) {
   if (m.layout != MatrixLayout::kRowMajor || m.n % 8 != 0 || m.k % 128 != 0) return false;
@@ -40,9 +41,9 @@ void LayerProgramWriter::clear() {
   program_.counters = reinterpret_cast<unsigned*>(workspace_);
   used_words_ = 0;
   x_words_ = nullptr;
-  staged_chunks_ = 1;
+  max_turns_ = 1;
+  down_stride_ = 0;
   experts_ = 0;
-  partial_floats_ = 0;
 }
 
 // Room for so many phases and maps of a step of these rows.
@@ -57,7 +58,6 @@ bool LayerProgramWriter::begin(int64_t rows, bool fp8, int64_t hidden, int phase
     columns_ = columns;
     program_.rows = static_cast<int>(rows);
     program_.hidden = static_cast<int>(hidden);
-    partial_floats_ = layer_batch_tiles(columns) * layer_tile_floats(columns);
     return true;
   }
   return program_.rows == rows && fp8_ == fp8 && program_.hidden == hidden &&
@@ -111,7 +111,18 @@ LayerPhase& LayerProgramWriter::add(LayerPhaseKind kind) {
   return phase;
 }
 
-void LayerProgramWriter::stage(int turns, int down_slots) { staged_chunks_ = std::max({staged_chunks_, turns, down_slots}); }
+// Shared memory beside the ring for steps of `columns` rows.
+size_t LayerProgramWriter::buffer_bytes(int columns) const {
+  const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0);
+  const int floats = std::max(layer_batch_tiles(columns) * layer_tile_floats(columns),
+                              kLayerTileRows * columns * down_stride_);
+  return kLayerSharedReserve + size_t{kLayerWarps} * staged * layer_staged_chunk(fp8_, columns) +
+         2 * sizeof(float) * floats;
+}
+// Whether the phases so far leave room for a ring, whatever the number of rows: a row's bits must not depend on it.
+bool LayerProgramWriter::fits() const {
+  return buffer_bytes(kDecodeTokens) + kLeastSlots * kLayerSlotBytes <= kMostSharedBytes;
+}
 
 // All but where the input lies.
 bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectPhase* phase) {
@@ -153,7 +164,7 @@ bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectP
     p.tiles += tiles_of(from.weight.n);
     if (fp8 == fp8_) p.own_tiles = p.tiles;
   }
-  stage(cut.turns, 0);
+  max_turns_ = std::max(max_turns_, cut.turns);
   return true;
 }
 
@@ -306,9 +317,8 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   add(LayerPhaseKind::kRouter).router = r;
   add(LayerPhaseKind::kGateUp).gate_up = g;
   add(LayerPhaseKind::kDown).down = d;
-  stage(cut.turns, layer_down_slots(columns_));
-  const int stride = layer_down_stride((g.top_k + 1) << d.log_chunks);
-  partial_floats_ = std::max(partial_floats_, kLayerTileRows * columns_ * stride);
+  max_turns_ = std::max(max_turns_, cut.turns);
+  down_stride_ = std::max(down_stride_, layer_down_stride((g.top_k + 1) << d.log_chunks));
   experts_ = std::max(experts_, r.experts);
   x_words_ = d.residual_words;
   program_.updates_x = true;
@@ -361,21 +371,23 @@ size_t LayerProgramWriter::take(std::span<const DecodePhase> ops) {
         ops.size() > 1 && (std::holds_alternative<GdnMixer>(ops[1]) || std::holds_alternative<DecodeGateUp>(ops[1]));
     if (linear != nullptr && !read_inside) taken = take_projection(*linear);
   }
+  if (taken > 0 && !fits()) taken = 0;
   if (taken == 0) *this = before;
   return taken;
 }
 
 const LayerProgram& LayerProgramWriter::finish() {
-  program_.staged_bytes = staged_chunks_ * layer_staged_chunk(fp8_, columns_);
-  program_.partial_bytes = (partial_floats_ * 4 + 127) / 128 * 128;
-  const size_t other = shared_bytes();
-  program_.slots = static_cast<int>(std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - other) / kLayerSlotBytes));
+  const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns_) : 0);
+  program_.staged_bytes = staged * layer_staged_chunk(fp8_, columns_);
+  program_.partial_bytes =
+      static_cast<int>(buffer_bytes(columns_) - kLayerSharedReserve - kLayerWarps * program_.staged_bytes) / 2;
+  program_.slots = static_cast<int>(
+      std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - buffer_bytes(columns_)) / kLayerSlotBytes));
   return program_;
 }
 
 size_t LayerProgramWriter::shared_bytes() const {
-  return static_cast<size_t>(program_.slots) * kLayerSlotBytes + kLayerWarps * program_.staged_bytes +
-         2 * static_cast<size_t>(program_.partial_bytes) + kLayerSharedReserve;
+  return buffer_bytes(columns_) + static_cast<size_t>(program_.slots) * kLayerSlotBytes;
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -38,7 +38,7 @@ inline constexpr int kLayerMaxSlots = 6;
 inline constexpr int kLayerSegments = 4;
 inline constexpr int kLayerMaxPhases = 24;
 inline constexpr int kLayerMaxMaps = 48;
-inline constexpr int kLayerRouterRows = 4;  // rows of the router that one block takes, at most
+inline constexpr int kLayerRouterRows = 4;      // rows of the router that one block takes, at most
 inline constexpr int kLayerPartialStride = 20;  // floats of a row's 16 part sums; 20 keeps vectors in different banks
 
 // The tile's part sums of one batch of tiles. columns: rows of the step, rounded up to 1, 2, 4 or 8.
@@ -61,9 +61,9 @@ __host__ __device__ constexpr int layer_down_stride(int parts) {
 }
 
 struct LayerSegment {
-  int rows_count;      // n
-  const float* scale;  // FP8: [ceil(n / 128)][k / 128]
-  uint2* words;        // result words [t][stride], or null
+  int rows_count;       // n
+  const float* scale;   // FP8: [ceil(n / 128)][k / 128]
+  uint2* words;         // result words [t][stride], or null
   __nv_bfloat16* rows;  // otherwise plain rows
   int stride;           // words or elements of a row
   int first_tile;
@@ -83,13 +83,13 @@ struct ProjectPhase {
   const uint2* squares;  // the input is a mixer's, to be divided by its heads' norms: [t][k / 128][4]; null: it is not
   int tail;              // phase of the mixer whose conv tails are written here, or -1
   int k;
-  int turns;  // of the kernel's weight type
-  int warps;  // that have chunks
+  int turns;      // of the kernel's weight type
+  int warps;      // that have chunks
   int own_tiles;  // of the kernel's weight type; bfloat16 ones beside FP8 follow
   int tiles;
   int segment_count;
   LayerSegment segments[kLayerSegments];
-  bool accumulate;   // the one segment's rows are the residual stream's
+  bool accumulate;  // the one segment's rows are the residual stream's
   uint2* residual_words;
 };
 
@@ -152,7 +152,7 @@ struct GateUpPhase {
 };
 struct DownPhase {
   const uint2* h;
-  int k;       // width of every expert and of the shared one
+  int k;           // width of every expert and of the shared one
   int log_chunks;  // chunks of one expert's rows, at most 16
   int hidden;
   int top_k;
@@ -223,7 +223,8 @@ class LayerProgramWriter {
   int map(const Matrix& weight, bool fp8, int turns, int chunks);
   int paired_map(const Matrix& first, int64_t matrices, int64_t width, int turns, int chunks);
   LayerPhase& add(LayerPhaseKind kind);
-  void stage(int turns, int down_slots);
+  size_t buffer_bytes(int columns) const;
+  bool fits() const;
 
   std::byte* workspace_;
   int blocks_;
@@ -233,8 +234,8 @@ class LayerProgramWriter {
   int columns_ = 1;
   int64_t used_words_ = 0;
   const uint2* x_words_ = nullptr;  // of the residual stream, when a phase of this launch has written it
-  int staged_chunks_ = 0;
-  int partial_floats_ = 0;
+  int max_turns_ = 1;
+  int down_stride_ = 0;  // 0: no expert's down projection
 };
 
 inline constexpr size_t kLayerSharedReserve = 16 * 1024;  // for what the kernel keeps beside the buffers

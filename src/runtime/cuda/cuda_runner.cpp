@@ -136,12 +136,13 @@ Status CudaRunner::send_input() {
 }
 
 // Everything after the input block has been sent; captured for graphs.
-Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe) {
+// apart: see DecodePlan::run_body().
+Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe, bool apart) {
   TS_RETURN_IF_ERROR(
       input_->expand(key.sequences, key.tokens, reinterpret_cast<const int32_t*>(tokens_.data()), rank_.streams[0]));
   const CudaStep step = input_->step(key.sequences, key.tokens, static_cast<int32_t>(last().wanted.size()));
   const bool fused = runs_fused(key.tokens);
-  TS_RETURN_IF_ERROR(key.max_context > 0 ? decode_.run_body(rank_, step, key.max_context, observe)
+  TS_RETURN_IF_ERROR(key.max_context > 0 ? decode_.run_body(rank_, step, key.max_context, observe, apart)
                                          : body_.run_body(rank_, step, observe));
   return last().one_group ? enqueue_sampling(key, step, fused, observe) : Status();
 }

@@ -73,8 +73,8 @@ class CudaRunner : public Runner {
   Status wait(std::vector<SequenceResult>* results) override;
 
   // Runs the step like submit() and wait(), launch by launch on one stream with an event between each two, so that
-  // nothing overlaps: the times add up to more than a step's. Greedy steps of at most max_sequences wanted rows; none
-  // may be in flight.
+  // nothing overlaps, and every operation is a launch of its own: the times add up to more than a step's. Greedy steps
+  // of at most max_sequences wanted rows; none may be in flight.
   Result<std::vector<LaunchTime>> profile(std::span<const SequenceStep> sequences,
                                           std::vector<SequenceResult>* results);
   // Times each kind of launch alone: those of all layers one after the other in a graph, as in a step (weights of one
@@ -137,7 +137,7 @@ class CudaRunner : public Runner {
   Status run(const GraphKey& key);
   Status send_input();
   int64_t context_class(std::span<const SequenceStep> sequences) const;
-  Status enqueue(const GraphKey& key, const LaunchObserver& observe);
+  Status enqueue(const GraphKey& key, const LaunchObserver& observe, bool apart = false);
   Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
   Status enqueue_step(const GraphKey& key);  // with what debug_sync and tests of faults want
   Status enqueue_checked(const GraphKey& key);

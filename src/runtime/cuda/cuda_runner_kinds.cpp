@@ -47,23 +47,26 @@ double median(std::vector<double> values) {
 Result<std::vector<CudaRunner::LaunchKind>> CudaRunner::list_kinds(const GraphKey& key) {
   std::vector<LaunchKind> kinds;
   size_t index = 0;
-  TS_RETURN_IF_ERROR(enqueue(key, [&](std::span<const OperationPart> parts) -> Result<bool> {
-    const std::string name = name_of(body_.program(), parts);
-    auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const LaunchKind& k) { return k.name == name; });
-    if (kind == kinds.end()) {
-      LaunchKind added;
-      added.name = name;
-      added.time.launches = 0;
-      TS_ASSIGN_OR_RETURN(added.begin, make_event(true));
-      TS_ASSIGN_OR_RETURN(added.end, make_event(true));
-      kinds.push_back(std::move(added));
-      kind = kinds.end() - 1;
-    }
-    ++kind->time.launches;
-    kind->time.parts.insert(kind->time.parts.end(), parts.begin(), parts.end());
-    kind->launches.push_back(index++);
-    return false;
-  }));
+  TS_RETURN_IF_ERROR(enqueue(
+      key,
+      [&](std::span<const OperationPart> parts) -> Result<bool> {
+        const std::string name = name_of(body_.program(), parts);
+        auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const LaunchKind& k) { return k.name == name; });
+        if (kind == kinds.end()) {
+          LaunchKind added;
+          added.name = name;
+          added.time.launches = 0;
+          TS_ASSIGN_OR_RETURN(added.begin, make_event(true));
+          TS_ASSIGN_OR_RETURN(added.end, make_event(true));
+          kinds.push_back(std::move(added));
+          kind = kinds.end() - 1;
+        }
+        ++kind->time.launches;
+        kind->time.parts.insert(kind->time.parts.end(), parts.begin(), parts.end());
+        kind->launches.push_back(index++);
+        return false;
+      },
+      true));
   return kinds;
 }
 
@@ -75,15 +78,18 @@ Status CudaRunner::capture_kind(const GraphKey& key, LaunchKind* kind) {
   const auto enqueue_kind = [&]() -> Status {
     size_t index = 0;
     bool ended = false;
-    TS_RETURN_IF_ERROR(enqueue(key, [&](std::span<const OperationPart>) -> Result<bool> {
-      const size_t i = index++;
-      if (i == kind->launches.front()) TS_RETURN_IF_ERROR(record(kind->begin));
-      if (i == kind->launches.back() + 1) {
-        ended = true;
-        TS_RETURN_IF_ERROR(record(kind->end));
-      }
-      return i < kind->launches.front() || std::binary_search(kind->launches.begin(), kind->launches.end(), i);
-    }));
+    TS_RETURN_IF_ERROR(enqueue(
+        key,
+        [&](std::span<const OperationPart>) -> Result<bool> {
+          const size_t i = index++;
+          if (i == kind->launches.front()) TS_RETURN_IF_ERROR(record(kind->begin));
+          if (i == kind->launches.back() + 1) {
+            ended = true;
+            TS_RETURN_IF_ERROR(record(kind->end));
+          }
+          return i < kind->launches.front() || std::binary_search(kind->launches.begin(), kind->launches.end(), i);
+        },
+        true));
     return ended ? Status() : record(kind->end);
   };
   TS_ASSIGN_OR_RETURN(kind->graph, capture(enqueue_kind));

@@ -117,7 +117,7 @@ Result<std::vector<LaunchTime>> CudaRunner::profile(std::span<const SequenceStep
                                     stream, [](void*) { std::this_thread::sleep_for(kEnqueueTime); }, nullptr),
                                 "profiling"));
   const cudaStream_t second = std::exchange(rank_.streams[1], stream);
-  Status status = enqueue(key, record);
+  Status status = enqueue(key, record, true);
   if (status.ok()) status = record({}).status();
   rank_.streams[1] = second;
   TS_RETURN_IF_ERROR(note_fault(std::move(status)));

@@ -84,6 +84,9 @@ class DecodePlanBuilder {
     const int64_t split = take(cuda::batch_split_bytes(cuda::kBatchTokens, widest));
     const int64_t experts = take(batch_experts);
     TS_ASSIGN_OR_RETURN(plan_.scratch_, DeviceMemory::allocate(bytes, "decoding"));
+    if (h_columns > 0) {
+      TS_ASSIGN_OR_RETURN(plan_.layers_, DeviceMemory::allocate(cuda::kDecodeLayersWorkspaceBytes, "decoding"));
+    }
     std::byte* base = plan_.scratch_.data();
     router_logits_ = reinterpret_cast<float*>(base + logits);
     gate_logits_ = reinterpret_cast<float*>(base + gate_logits);
@@ -422,11 +425,54 @@ struct LaunchPhase {
 }  // namespace
 
 Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
-                            const LaunchObserver& observe) const {
+                            const LaunchObserver& observe, bool apart) const {
   const Context context = {rank, step, max_context};
-  const cuda::Launch launch = {.stream = rank.streams[0]};
   const bool few = step.batch.tokens <= cuda::kDecodeTokens;
-  BatchPhases batch(rank, batch_);
+  return few && !apart && layers_.size() > 0 ? run_layers(context, observe) : run_apart(context, observe);
+}
+
+// Runs of calls between the attentions, each as one call of decode_layers.
+Status DecodePlan::run_layers(const Context& context, const LaunchObserver& observe) const {
+  const cuda::Launch launch = {.stream = context.rank.streams[0]};
+  std::vector<Phase> phases;
+  std::vector<OperationPart> parts;
+  const auto flush = [&]() -> Status {
+    if (phases.empty()) return {};
+    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, parts));
+    const Status status = launched ? cuda::decode_layers(phases, layers_.data(), launch) : Status();
+    phases.clear();
+    if (!status.ok()) {
+      return Status(status).with_context(describe_operation(program_->program(), parts[0].operation));
+    }
+    parts.clear();
+    return {};
+  };
+  for (const Call& call : calls_) {
+    std::optional<Phase> phase;
+    if (call.phase) phase = call.phase(context);
+    const bool alone = !phase || std::holds_alternative<cuda::DecodeAttention>(*phase);
+    if (alone) TS_RETURN_IF_ERROR(flush());
+    parts.insert(parts.end(), call.parts.begin(), call.parts.end());
+    if (phase) {
+      phases.push_back(std::move(*phase));
+      if (alone) TS_RETURN_IF_ERROR(flush());
+      continue;
+    }
+    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, parts));
+    parts.clear();
+    if (!launched) continue;
+    Status status = call.run(context);
+    if (!status.ok()) {
+      return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
+    }
+  }
+  return flush();
+}
+
+Status DecodePlan::run_apart(const Context& context, const LaunchObserver& observe) const {
+  const cuda::Launch launch = {.stream = context.rank.streams[0]};
+  const bool few = context.step.batch.tokens <= cuda::kDecodeTokens;
+  BatchPhases batch(context.rank, batch_);
   for (const Call& call : calls_) {
     TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, call.parts));
     if (!launched) continue;

@@ -5,7 +5,6 @@
 
 #include <functional>
 #include <optional>
-#include <variant>
 #include <vector>
 
 #include "compile/program.h"
@@ -27,8 +26,10 @@ class DecodePlan {
   bool takes_batch(int32_t sequences, int32_t tokens, int64_t max_context) const;
 
   // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, or a step that takes_batch() allows.
-  Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
-                  const LaunchObserver& observe = {}) const;
+  // apart: every operation of few tokens as a launch of its own, so that it can be timed; a step runs those of several
+  // layers in one where decode_layers takes them, with other bits (both within the tolerance of bfloat16).
+  Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context, const LaunchObserver& observe = {},
+                  bool apart = false) const;
   // At most kDecodeTokens wanted rows.
   Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
 
@@ -39,16 +40,18 @@ class DecodePlan {
     const CudaStep& step;
     int64_t max_context;
   };
-  // What one fused kernel takes.
-  using Phase = std::variant<kernels::cuda::DecodeLinear, kernels::GdnMixer, kernels::cuda::DecodeAttention,
-                             kernels::cuda::DecodeGateUp, kernels::cuda::DecodeDown>;
+  using Phase = kernels::cuda::DecodePhase;
   struct Call {
     std::vector<OperationPart> parts;            // the first names the call
     std::function<Phase(const Context&)> phase;  // or, where there is no fused kernel,
     std::function<Status(const Context&)> run;
   };
+  Status run_layers(const Context& context, const LaunchObserver& observe) const;
+  Status run_apart(const Context& context, const LaunchObserver& observe) const;
+
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
+  DeviceMemory layers_;   // workspace of decode_layers; empty: models without experts, which it would not make faster
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
   BatchScratch batch_;    // in scratch_
   bool batches_ = false;
