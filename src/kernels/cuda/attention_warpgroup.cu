@@ -1,7 +1,14 @@
 // Causal attention over paged keys and values, head_dim 256, for many query rows: a block has 128 rows (token, head of
 // the group), 64 per warpgroup. One warp fetches blocks of 64 keys and values with the copy engine; S = Q K^T of the
-// next block runs while the softmax of this one is computed, and O += P V takes P from registers. FP8 pages are fetched
-// to a block of their own, from which the fetching warpgroup makes float16 tiles; queries and P are then float16 too.
+// next block runs while the softmax of this one is computed, and O += P V takes P from registers.
+//
+// FP8 keys are operands as they are: a query row, times a power of two, is the sum of two e4m3 rows (its four leading
+// bits, the rest of bfloat16's eight), and S the product with both. The matrix unit adds FP8 products with 13 bits
+// behind the leading one, so scores are off by up to 1/500 of the greatest: less than the rounding of the keys to FP8.
+// FP8 values are fetched to tiles of their own, each warp of the fetching warpgroup 64 columns, from which it makes
+// float16 ones; P is then float16 too. What shared memory moves for 64 keys, at 128 bytes a cycle, where the products
+// take 2048 cycles: operands 192 KB and copies 64 KB (bfloat16), 192 and 80 KB (FP8: keys 16, values 16 in, 16 out and
+// 32 back in) are 2048 and 2176 cycles; keys turned into float16 would make them 2560.
 #include <type_traits>
 
 #include "kernels/cuda/attention_tiles.cuh"
@@ -18,38 +25,52 @@ constexpr int kConsumers = 2;
 constexpr int kRows = 64 * kConsumers;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 template <bool kFp8>
-constexpr int kConsumerRegisters = kFp8 ? 232 : 240;
+constexpr int kConsumerRegisters = kFp8 ? 224 : 240;
 template <bool kFp8>
-constexpr int kProducerRegisters = kFp8 ? 40 : 24;
+constexpr int kProducerRegisters = kFp8 ? 56 : 24;
 template <bool kFp8>
 constexpr bool kRegistersFit = kConsumers* kConsumerRegisters<kFp8> + kProducerRegisters<kFp8> <=
                                (kConsumers + 1) * (65536 / kThreads / 8 * 8);
 static_assert(kRegistersFit<false> && kRegistersFit<true>);
-constexpr int kStages = 2;
+constexpr int kStages = 2;    // of values
 constexpr int kColumns = 64;  // of a part, 128 bytes
 constexpr int kParts = kHeadDim / kColumns;
 constexpr int kPartBytes = kAttentionBlock * kColumns * 2;
 constexpr int kBlockBytes = kParts * kPartBytes;
 constexpr int kScores = kAttentionBlock / 2;  // of a thread
 constexpr int kSums = kHeadDim / 2;
-constexpr int kRawColumns = 128;  // of an FP8 part, 128 bytes
-constexpr int kRawParts = kHeadDim / kRawColumns;
-constexpr int kRawPartBytes = kAttentionBlock * kRawColumns;
-constexpr int kConvertBarrier = kConsumers + 1;  // of the fetching warpgroup
+// Keys: as many bytes for either type.
+template <bool kFp8>
+constexpr int kKeyStages = kFp8 ? 4 : 2;
+template <bool kFp8>
+constexpr int kKeyParts = kFp8 ? 2 : kParts;  // of 128 bytes
+template <bool kFp8>
+constexpr int kKeyBytes = kKeyParts<kFp8>* kPartBytes;
+constexpr int kKeyColumns = kHeadDim / kKeyParts<true>;  // of an FP8 part
+// FP8 values before they are float16.
+constexpr int kRawStages = 2;
+constexpr int kRawBytes = kAttentionBlock * kColumns;  // of a part
+static_assert(kRawStages < kKeyStages<true>);
 
 struct Shared {
   bf16 query[kParts][kRows][kColumns];  // at the end the gates, then the result
-  bf16 keys[kStages][kParts][kAttentionBlock][kColumns];
+  alignas(1024) uint8_t keys[kKeyStages<false> * kKeyBytes<false>];
   bf16 values[kStages][kParts][kAttentionBlock][kColumns];
-  alignas(8) uint64_t keys_full[kStages];
-  alignas(8) uint64_t keys_empty[kStages];
+  alignas(8) uint64_t keys_full[kKeyStages<true>];
+  alignas(8) uint64_t keys_empty[kKeyStages<true>];
   alignas(8) uint64_t values_full[kStages];
   alignas(8) uint64_t values_empty[kStages];
 };
+static_assert(sizeof(Shared::keys) == kKeyStages<true> * kKeyBytes<true>);
 struct RawShared : Shared {
-  alignas(1024) uint8_t raw[2][kRawParts][kAttentionBlock][kRawColumns];  // keys, values
-  alignas(8) uint64_t raw_full[2];
+  alignas(1024) uint8_t raw[kRawStages][kParts][kAttentionBlock][kColumns];
+  alignas(8) uint64_t raw_full[kRawStages][kParts];
 };
+
+template <bool kFp8>
+__device__ inline uint32_t keys_address(const Shared& shared, int stage) {
+  return shared_address(shared.keys) + stage * kKeyBytes<kFp8>;
+}
 
 // The block's place in the batch.
 struct Work {
@@ -63,13 +84,22 @@ struct Work {
   const int32_t* table;
 };
 
-// Lane (run, part) fetches a run of rows within one page, 64 of their columns.
+// A run is rows of a block within one page.
+__device__ inline int run_rows(const PagedAttention& args) { return min(args.pages.page_size, kAttentionBlock); }
+
+// Where a run of a block begins in the pages. Runs behind the last key repeat its page: what they bring is masked.
+__device__ inline int run_begin(const PagedAttention& args, const Work& work, int block, int run) {
+  const int page_size = args.pages.page_size;
+  const int rows = run_rows(args);
+  const int position = min(block * kAttentionBlock + run * rows, (work.key_count - 1) / rows * rows);
+  return work.table[position / page_size] * page_size + position % page_size;
+}
+
+// Lane (run, part) fetches a run's 64 columns.
 __device__ inline void fetch(const PagedAttention& args, const CUtensorMap& key_map, const CUtensorMap& value_map,
                              Shared& shared, const Work& work) {
   const int lane = threadIdx.x % kWarp;
-  const int page_size = args.pages.page_size;
-  const int run_rows = min(page_size, kAttentionBlock);
-  const int runs = kAttentionBlock / run_rows;
+  const int runs = kAttentionBlock / run_rows(args);
   const int run = lane / kParts;
   const int part = lane % kParts;
   const int column = work.kv_head * kHeadDim + part * kColumns;
@@ -77,82 +107,94 @@ __device__ inline void fetch(const PagedAttention& args, const CUtensorMap& key_
   for (int b = 0; b < blocks; ++b) {
     const int s = b % kStages;
     const uint32_t parity = (b / kStages + 1) % 2;
-    // Runs behind the last key repeat its page: what they bring is masked.
-    const int wanted = b * kAttentionBlock + run * run_rows;
-    const int position = min(wanted, (work.key_count - 1) / run_rows * run_rows);
-    const int row = run < runs ? work.table[position / page_size] * page_size + position % page_size : 0;
-    const uint32_t to = part * kPartBytes + run * run_rows * kColumns * 2;
+    const int row = run_begin(args, work, b, run);
+    const uint32_t to = part * kPartBytes + run * run_rows(args) * kColumns * 2;
     const auto copy = [&](uint32_t stage, uint64_t* full, uint64_t* empty, const CUtensorMap& map) {
       barrier_wait(shared_address(empty), parity);
       if (lane == 0) barrier_arrive_expecting(shared_address(full), kBlockBytes);
       __syncwarp();
       if (run < runs) tile_copy(stage + to, map, row, column, shared_address(full));
     };
-    copy(shared_address(shared.keys[s]), &shared.keys_full[s], &shared.keys_empty[s], key_map);
+    copy(keys_address<false>(shared, s), &shared.keys_full[s], &shared.keys_empty[s], key_map);
     copy(shared_address(shared.values[s]), &shared.values_full[s], &shared.values_empty[s], value_map);
   }
 }
 
-// One block of FP8 keys (tensor 0) or values: the runs of lane (run, part), of 128 columns.
-__device__ inline void fetch_raw(const PagedAttention& args, const CUtensorMap& map, RawShared& shared,
-                                 const Work& work, int tensor, int block) {
+// The FP8 keys of a block: lane (run, part) fetches a run's 128 columns.
+__device__ inline void fetch_keys(const PagedAttention& args, const CUtensorMap& map, Shared& shared, const Work& work,
+                                  int block) {
+  constexpr int kStage = kKeyStages<true>;
   const int lane = threadIdx.x % kWarp;
-  const int page_size = args.pages.page_size;
-  const int run_rows = min(page_size, kAttentionBlock);
-  const int run = lane / kRawParts;
-  const int part = lane % kRawParts;
-  const uint32_t full = shared_address(&shared.raw_full[tensor]);
-  if (lane == 0) barrier_arrive_expecting(full, kRawParts * kRawPartBytes);
+  const int run = lane / kKeyParts<true>;
+  const int part = lane % kKeyParts<true>;
+  const int s = block % kStage;
+  const uint32_t full = shared_address(&shared.keys_full[s]);
+  barrier_wait(shared_address(&shared.keys_empty[s]), (block / kStage + 1) % 2);
+  if (lane == 0) barrier_arrive_expecting(full, kKeyBytes<true>);
   __syncwarp();
-  if (run >= kAttentionBlock / run_rows) return;
-  const int position = min(block * kAttentionBlock + run * run_rows, (work.key_count - 1) / run_rows * run_rows);
-  const int row = work.table[position / page_size] * page_size + position % page_size;
-  tile_copy(shared_address(shared.raw[tensor][part]) + run * run_rows * kRawColumns, map, row,
-            work.kv_head * kHeadDim + part * kRawColumns, full);
+  if (run >= kAttentionBlock / run_rows(args)) return;
+  tile_copy(keys_address<true>(shared, s) + part * kPartBytes + run * run_rows(args) * kKeyColumns, map,
+            run_begin(args, work, block, run), work.kv_head * kHeadDim + part * kKeyColumns, full);
 }
 
-// 64 rows of FP8 to float16 tiles, by the fetching warpgroup.
-__device__ inline void convert(const uint8_t (&raw)[kRawParts][kAttentionBlock][kRawColumns],
-                               bf16 (&to)[kParts][kAttentionBlock][kColumns]) {
-  const int thread = threadIdx.x % kWarpgroup;
-  const int chunk = thread % 8;
-#pragma unroll 2
-  for (int i = 0; i < kRawParts * kAttentionBlock * 8 / kWarpgroup; ++i) {
-    const int row = (thread / 8 + i * (kWarpgroup / 8)) % kAttentionBlock;
-    const int part = i / (kAttentionBlock / (kWarpgroup / 8));
-    const uint4 from = *reinterpret_cast<const uint4*>(&raw[part][0][0] + swizzled<kRawColumns>(row, chunk));
-    uint8_t* const tile = reinterpret_cast<uint8_t*>(to[part * 2 + chunk / 4]);
-    *reinterpret_cast<uint4*>(tile + swizzled<kColumns * 2>(row, chunk % 4 * 2)) = {
-        half_pair(from.x, false), half_pair(from.x, true), half_pair(from.y, false), half_pair(from.y, true)};
-    *reinterpret_cast<uint4*>(tile + swizzled<kColumns * 2>(row, chunk % 4 * 2 + 1)) = {
-        half_pair(from.z, false), half_pair(from.z, true), half_pair(from.w, false), half_pair(from.w, true)};
+// One part of a block's FP8 values, by the warp that turns it into float16: lane r fetches run r.
+__device__ inline void fetch_values(const PagedAttention& args, const CUtensorMap& map, RawShared& shared,
+                                    const Work& work, int part, int block) {
+  const int lane = threadIdx.x % kWarp;
+  const int s = block % kRawStages;
+  const uint32_t full = shared_address(&shared.raw_full[s][part]);
+  if (lane == 0) barrier_arrive_expecting(full, kRawBytes);
+  __syncwarp();
+  if (lane >= kAttentionBlock / run_rows(args)) return;
+  tile_copy(shared_address(shared.raw[s][part]) + lane * run_rows(args) * kColumns, map,
+            run_begin(args, work, block, lane), work.kv_head * kHeadDim + part * kColumns, full);
+}
+
+// One part to float16, by a warp. Eight lanes, which access shared memory together, have four chunks of two rows whose
+// numbers differ by 5 in binary places 0 and 2: the chunks lie in different banks when loaded, as do both halves of
+// what they become when stored.
+__device__ inline void convert(const uint8_t (&raw)[kAttentionBlock][kColumns], bf16 (&to)[kAttentionBlock][kColumns]) {
+  constexpr int kLoads = kAttentionBlock / 8;
+  constexpr int kRowBytes = kColumns * 2;
+  const int lane = threadIdx.x % kWarp;
+  const int chunk = lane % 4;
+  const int row = lane / 8 ^ lane / 4 % 2 * 5;
+  const uint8_t* const from = &raw[row][(chunk ^ row / 2 % 4) * 16];  // a swizzle of 64 bytes
+  const uint32_t low = swizzled<kRowBytes>(row, chunk * 2);
+  uint8_t* const even = reinterpret_cast<uint8_t*>(to) + low;
+  uint8_t* const odd = reinterpret_cast<uint8_t*>(to) + (low ^ 16);
+  uint4 x[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) x[i] = *reinterpret_cast<const uint4*>(from + i * 8 * kColumns);
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    *reinterpret_cast<uint4*>(even + i * 8 * kRowBytes) = {half_pair(x[i].x, false), half_pair(x[i].x, true),
+                                                           half_pair(x[i].y, false), half_pair(x[i].y, true)};
+    *reinterpret_cast<uint4*>(odd + i * 8 * kRowBytes) = {half_pair(x[i].z, false), half_pair(x[i].z, true),
+                                                          half_pair(x[i].w, false), half_pair(x[i].w, true)};
   }
 }
 
+// The warpgroup that fetches FP8 pages, each warp a part of the values for itself, the first one the keys too. The keys
+// fetched after values b replace those of block b - 1, which have been multiplied when values b - 2 are released.
 __device__ inline void fetch_and_convert(const PagedAttention& args, const CUtensorMap& key_map,
                                          const CUtensorMap& value_map, RawShared& shared, const Work& work) {
-  const bool fetches = threadIdx.x / kWarp == kConsumers * kWarpgroup / kWarp;
+  constexpr int kAhead = kKeyStages<true> - 1;
+  const int warp = threadIdx.x / kWarp - kConsumers * kWarpgroup / kWarp;
   const int blocks = (work.key_count + kAttentionBlock - 1) / kAttentionBlock;
-  if (fetches) {
-    fetch_raw(args, key_map, shared, work, 0, 0);
-    fetch_raw(args, value_map, shared, work, 1, 0);
-  }
-  for (int b = 0; b < blocks; ++b) {
-    const int s = b % kStages;
-#pragma unroll
-    for (int tensor = 0; tensor < 2; ++tensor) {
-      barrier_wait(shared_address(&shared.raw_full[tensor]), b % 2);
-      barrier_wait(shared_address(tensor == 0 ? &shared.keys_empty[s] : &shared.values_empty[s]),
-                   (b / kStages + 1) % 2);
-      convert(shared.raw[tensor], tensor == 0 ? shared.keys[s] : shared.values[s]);
+#pragma unroll 1
+  for (int b = -kAhead; b < blocks; ++b) {
+    if (b >= 0) {
+      const int s = b % kStages;
+      barrier_wait(shared_address(&shared.raw_full[b % kRawStages][warp]), b / kRawStages % 2);
+      barrier_wait(shared_address(&shared.values_empty[s]), (b / kStages + 1) % 2);
+      convert(shared.raw[b % kRawStages][warp], shared.values[s][warp]);
       publish_shared();
-      __syncwarp();
-      asm volatile("bar.sync %0, 128;" ::"n"(kConvertBarrier) : "memory");
-      if (!fetches) continue;
-      if (threadIdx.x % kWarp == 0)
-        barrier_arrive(shared_address(tensor == 0 ? &shared.keys_full[s] : &shared.values_full[s]));
-      if (b + 1 < blocks) fetch_raw(args, tensor == 0 ? key_map : value_map, shared, work, tensor, b + 1);
+      warp_arrive(shared_address(&shared.values_full[s]));
     }
+    const int next = b + kRawStages;
+    if (next >= 0 && next < blocks) fetch_values(args, value_map, shared, work, warp, next);
+    if (warp == 0 && b + kAhead < blocks) fetch_keys(args, key_map, shared, work, b + kAhead);
   }
 }
 
@@ -177,26 +219,67 @@ __device__ inline void load_rows(const Rows& from, int64_t head_stride, Shared& 
   commit_copies();
 }
 
-// This warp's 16 rows of queries from bfloat16 to float16.
-__device__ inline void queries_to_half(Shared& shared, int warp_row) {
+struct Fp8Terms {
+  uint16_t high, low;
+};
+// A pair of bfloat16 times a factor as sums of two e4m3: exact where its magnitude is within [0.25, 448].
+__device__ inline Fp8Terms fp8_terms(uint32_t pair, float factor) {
+  const uint32_t value = pack_half(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
+  Fp8Terms terms;
+  uint32_t rest;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(terms.high) : "r"(value));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(rest) : "r"(value), "r"(half_pair(terms.high, false)));
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(terms.low) : "r"(rest));
+  return terms;
+}
+
+// This warp's 16 rows of queries from bfloat16 to FP8, each times the power of two that brings its greatest element to
+// [128, 256): parts 0 and 1 become the second terms, 2 and 3 the first. What is lost is 2^-17 of the greatest. `scale`,
+// of rows lane / 4 and lane / 4 + 8, is divided by their power; NaN when an element is not finite.
+__device__ inline void split_queries(Shared& shared, int warp_row, float (&scale)[2]) {
+  constexpr int kAtOnce = 4;
   const int lane = threadIdx.x % kWarp;
-  for (int i = 0; i < 16; ++i) {
-    unsigned char* const at =
-        reinterpret_cast<unsigned char*>(shared.query[lane / 8]) + swizzled<kColumns * 2>(warp_row + i, lane % 8);
-    const uint4 x = *reinterpret_cast<const uint4*>(at);
-    *reinterpret_cast<uint4*>(at) = {half_from_bf16(x.x), half_from_bf16(x.y), half_from_bf16(x.z),
-                                     half_from_bf16(x.w)};
+  const auto at = [&](int part, int row, int chunk) {
+    return reinterpret_cast<unsigned char*>(shared.query[part]) + swizzled<kColumns * 2>(warp_row + row, chunk);
+  };
+#pragma unroll 1
+  for (int first = 0; first < 16; first += kAtOnce) {
+    uint4 x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i] = *reinterpret_cast<const uint4*>(at(lane / 8, first + i, lane % 8));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t two = __vmaxu2(__vmaxu2(x[i].x & 0x7fff7fffu, x[i].y & 0x7fff7fffu),
+                                    __vmaxu2(x[i].z & 0x7fff7fffu, x[i].w & 0x7fff7fffu));
+      const uint32_t greatest = __reduce_max_sync(~0u, max(two & 0xffffu, two >> 16));
+      const uint32_t exponent = max(greatest >> 7, 8u);
+      const float factor = __uint_as_float((261u - exponent) << 23);
+      const float inverse = exponent == 255 ? NAN : __uint_as_float((exponent - 7) << 23);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (first + i == lane / 4 + 8 * h) scale[h] *= inverse;
+      }
+      const Fp8Terms a = fp8_terms(x[i].x, factor), b = fp8_terms(x[i].y, factor), c = fp8_terms(x[i].z, factor),
+                     d = fp8_terms(x[i].w, factor);
+      const auto store = [&](int part, uint32_t four, uint32_t next) {
+        *reinterpret_cast<uint2*>(at(part + lane / 16, first + i, lane % 16 / 2) + lane % 2 * 8) = {four, next};
+      };
+      store(0, a.low | b.low << 16, c.low | d.low << 16);
+      store(2, a.high | b.high << 16, c.high | d.high << 16);
+    }
   }
 }
 
+// The products with FP8 keys begin with the queries' second terms, while the sums are small and lose least.
 template <bool kFp8>
 __device__ inline void score(float (&s)[kScores], uint32_t query, uint32_t keys) {
   warpgroup_begin();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     const uint64_t a = tile_descriptor(query + k / 4 * kRows * kColumns * 2) + k % 4 * 2;
-    const uint64_t b = tile_descriptor(keys + k / 4 * kPartBytes) + k % 4 * 2;
-    kFp8 ? multiply_half(s, a, b, k > 0) : multiply_bf16(s, a, b, k > 0);
+    const uint64_t b = tile_descriptor(keys + k / 4 % kKeyParts<kFp8> * kPartBytes) + k % 4 * 2;
+    kFp8 ? multiply_fp8(s, a, b, k > 0) : multiply_bf16(s, a, b, k > 0);
   }
   warpgroup_commit();
 }
@@ -220,7 +303,7 @@ __device__ inline float power_of_two(float x) {
 
 // Scores to probabilities (against the running maximum) and the running sums; how much older sums shrink.
 __device__ inline void soften(float (&s)[kScores], float (&maximum)[2], float (&sum)[2], float (&shrink)[2], int first,
-                              const int (&limit)[2], bool masked, float scale) {
+                              const int (&limit)[2], bool masked, const float (&scale)[2]) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -236,16 +319,16 @@ __device__ inline void soften(float (&s)[kScores], float (&maximum)[2], float (&
     }
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    shrink[i] = power_of_two((maximum[i] - top) * scale);
+    shrink[i] = power_of_two((maximum[i] - top) * scale[i]);
     maximum[i] = top;
-    const float offset = top * scale;
+    const float offset = top * scale[i];
     float part = 0;
 #pragma unroll
     for (int n = 0; n < kScores / 4; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float& x = s[4 * n + 2 * i + j];
-        x = power_of_two(fmaf(x, scale, -offset));
+        x = power_of_two(fmaf(x, scale[i], -offset));
         part += x;
       }
     }
@@ -306,11 +389,12 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
   for (int i = 0; i < 2; ++i)
     limit[i] = work.context + min(work.first_row + warp_row + lane / 4 + 8 * i, work.rows - 1) / work.group;
   const int first_limit = work.context + min(work.first_row + warpgroup * 64, work.rows - 1) / work.group;
-  const float scale = 1.4426950408889634f / 16.0f;  // exp2 instead of exp, 1 / sqrt(256)
+  constexpr float kScale = 1.4426950408889634f / 16.0f;  // exp2 instead of exp, 1 / sqrt(256)
+  float scale[2] = {kScale, kScale};
   wait_copies<0>();
   if constexpr (kFp8) {
     __syncwarp();
-    queries_to_half(shared, warp_row);
+    split_queries(shared, warp_row, scale);
   }
   publish_shared();
   warpgroup_sync(warpgroup);
@@ -327,17 +411,17 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
   float sum[2] = {0, 0};
   float s[kScores];
   barrier_wait(shared_address(&shared.keys_full[0]), 0);
-  score<kFp8>(s, query, shared_address(shared.keys[0]));
+  score<kFp8>(s, query, keys_address<kFp8>(shared, 0));
   warpgroup_wait<0>();
   settle(s);
   release(&shared.keys_empty[0]);
   for (int b = 0; b < blocks; ++b) {
     float next[kScores];
-    const int ahead = (b + 1) % kStages;
+    const int ahead = (b + 1) % kKeyStages<kFp8>;
     const bool more = b + 1 < blocks;
     if (more) {
-      barrier_wait(shared_address(&shared.keys_full[ahead]), (b + 1) / kStages % 2);
-      score<kFp8>(next, query, shared_address(shared.keys[ahead]));
+      barrier_wait(shared_address(&shared.keys_full[ahead]), (b + 1) / kKeyStages<kFp8> % 2);
+      score<kFp8>(next, query, keys_address<kFp8>(shared, ahead));
     }
     float shrink[2];
     const int first = b * kAttentionBlock;
@@ -397,14 +481,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   work.key_count = work.context + (min(tile.first_row + kRows, tile.rows) - 1) / work.group + 1;
   work.table = batch.page_table + tile.sequence * batch.page_table_stride;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < kKeyStages<kFp8>; ++s) {
       barrier_init(shared_address(&shared.keys_full[s]), 1);
-      barrier_init(shared_address(&shared.values_full[s]), 1);
       barrier_init(shared_address(&shared.keys_empty[s]), kConsumers * kWarpgroup / kWarp);
+    }
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(shared_address(&shared.values_full[s]), kFp8 ? kWarpgroup / kWarp * kWarpArrivals : 1);
       barrier_init(shared_address(&shared.values_empty[s]), kConsumers * kWarpgroup / kWarp);
     }
     if constexpr (kFp8) {
-      for (uint64_t& full : shared.raw_full) barrier_init(shared_address(&full), 1);
+      for (auto& parts : shared.raw_full) {
+        for (uint64_t& full : parts) barrier_init(shared_address(&full), 1);
+      }
     }
   }
   publish_barriers();
@@ -426,17 +514,17 @@ template <bool kFp8>
 void launch(const PagedAttention& args, cudaStream_t stream) {
   const int64_t group = args.shape.query_heads / args.shape.kv_heads;
   const int64_t tiles = args.batch.tokens * group / kRows + args.batch.sequences;
-  const int run_rows = args.pages.page_size < kAttentionBlock ? args.pages.page_size : kAttentionBlock;
+  const int box_rows = args.pages.page_size < kAttentionBlock ? args.pages.page_size : kAttentionBlock;
   constexpr int64_t kAnyRows = int64_t{1} << 31;  // how many pages there are only the page table knows
   const int64_t columns = int64_t{args.pages.heads} * kHeadDim;
-  const auto map = [&](const void* pages) {
-    return tensor_map(pages, args.pages.dtype, kAnyRows, columns, columns * (kFp8 ? 1 : 2), run_rows,
-                      kFp8 ? kRawColumns : kColumns);
+  const auto map = [&](const void* pages, int box_columns) {
+    return tensor_map(pages, args.pages.dtype, kAnyRows, columns, columns * (kFp8 ? 1 : 2), box_rows, box_columns);
   };
   constexpr int kBytes = kFp8 ? sizeof(RawShared) : sizeof(Shared);
   cudaFuncSetAttribute(attention_kernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const dim3 grid(static_cast<unsigned>(args.shape.kv_heads), static_cast<unsigned>(tiles));
-  attention_kernel<kFp8><<<grid, kThreads, kBytes, stream>>>(args, map(args.pages.keys), map(args.pages.values));
+  attention_kernel<kFp8><<<grid, kThreads, kBytes, stream>>>(args, map(args.pages.keys, kHeadDim / kKeyParts<kFp8>),
+                                                             map(args.pages.values, kColumns));
 }
 
 }  // namespace

@@ -13,12 +13,16 @@ namespace tokenspeed::kernels::cuda {
 
 // Two FP8 values (the low or high half of a word) as float16.
 __device__ __forceinline__ uint32_t half_pair(uint32_t word, bool high) {
-  const uint16_t two = static_cast<uint16_t>(high ? word >> 16 : word);
 #if __CUDA_ARCH__ >= 890
   uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+  if (high) {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, b;}" : "=r"(pair) : "r"(word));
+  } else {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(pair) : "r"(word));
+  }
   return pair;
 #else
+  const uint16_t two = static_cast<uint16_t>(high ? word >> 16 : word);
   const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
   return pair.x | static_cast<uint32_t>(pair.y) << 16;
 #endif

@@ -87,14 +87,14 @@ __device__ inline void multiply_bf16(float (&d)[32], uint64_t a, uint64_t b, boo
       : TS_8(d, 0), TS_8(d, 8), TS_8(d, 16), TS_8(d, 24)
       : "l"(a), "l"(b), "r"(static_cast<int>(keep)));
 }
-// The same with float16.
-__device__ inline void multiply_half(float (&d)[32], uint64_t a, uint64_t b, bool keep) {
+// The same with 32 float8_e4m3 along k.
+__device__ inline void multiply_fp8(float (&d)[32], uint64_t a, uint64_t b, bool keep) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
       "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%"
       "30,%31}"
-      ", %32, %33, p, 1, 1, 0, 0;\n}\n"
+      ", %32, %33, p, 1, 1;\n}\n"
       : TS_8(d, 0), TS_8(d, 8), TS_8(d, 16), TS_8(d, 24)
       : "l"(a), "l"(b), "r"(static_cast<int>(keep)));
 }
