@@ -13,6 +13,7 @@
 
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/fp8_pages.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/warpgroup.cuh"
@@ -39,6 +40,7 @@ constexpr int kPartBytes = kAttentionBlock * kColumns * 2;
 constexpr int kBlockBytes = kParts * kPartBytes;
 constexpr int kScores = kAttentionBlock / 2;  // of a thread
 constexpr int kSums = kHeadDim / 2;
+constexpr float kLog2E = 1.4426950408889634f;
 // Keys: as many bytes for either type.
 template <bool kFp8>
 constexpr int kKeyStages = kFp8 ? 4 : 2;
@@ -224,7 +226,7 @@ struct Fp8Terms {
 };
 // A pair of bfloat16 times a factor as sums of two e4m3: exact where its magnitude is within [0.25, 448].
 __device__ inline Fp8Terms fp8_terms(uint32_t pair, float factor) {
-  const uint32_t value = pack_half(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
+  const uint32_t value = pack_half(bf16_low(pair) * factor, bf16_high(pair) * factor);
   Fp8Terms terms;
   uint32_t rest;
   asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(terms.high) : "r"(value));
@@ -295,12 +297,6 @@ __device__ inline void clear_values(Shared& shared, int stage, int keys, int war
   warpgroup_sync(warpgroup);
 }
 
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Scores to probabilities (against the running maximum) and the running sums; how much older sums shrink.
 __device__ inline void soften(float (&s)[kScores], float (&maximum)[2], float (&sum)[2], float (&shrink)[2], int first,
                               const int (&limit)[2], bool masked, const float (&scale)[2]) {
@@ -336,7 +332,8 @@ __device__ inline void soften(float (&s)[kScores], float (&maximum)[2], float (&
   }
 }
 
-// This warp's 16 rows: divided by their sums, times the gates, rounded, out.
+// This warp's 16 rows: divided by their sums, times the gates' sigmoids, rounded, out. Nothing is stored between the
+// loads of eight pairs of gates, so that one does not wait for the other.
 __device__ inline void finish_rows(const PagedAttention& args, float (&o)[kSums], float (&sum)[2], Shared& shared,
                                    const Work& work, int warp_row) {
   const int lane = threadIdx.x % kWarp;
@@ -353,17 +350,27 @@ __device__ inline void finish_rows(const PagedAttention& args, float (&o)[kSums]
     const float inverse = 1.0f / sum[i];
     const int row = warp_row + lane / 4 + 8 * i;
 #pragma unroll
-    for (int n = 0; n < kSums / 4; ++n) {
-      unsigned char* const at =
-          reinterpret_cast<unsigned char*>(shared.query[n / 8]) + swizzled<kColumns * 2>(row, n % 8) + lane % 4 * 4;
-      float x = o[4 * n + 2 * i] * inverse;
-      float y = o[4 * n + 2 * i + 1] * inverse;
+    for (int part = 0; part < kParts; ++part) {
+      const auto at = [&](int n) {
+        return reinterpret_cast<uint32_t*>(reinterpret_cast<unsigned char*>(shared.query[part]) +
+                                           swizzled<kColumns * 2>(row, n) + lane % 4 * 4);
+      };
+      float2 factor[8];
+#pragma unroll
+      for (float2& f : factor) f = {inverse, inverse};
       if (gated) {
-        const float2 g = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
-        x *= sigmoid(g.x);
-        y *= sigmoid(g.y);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const uint32_t gate = *at(n);
+          factor[n].x *= reciprocal(1.0f + power_of_two(bf16_low(gate) * -kLog2E));
+          factor[n].y *= reciprocal(1.0f + power_of_two(bf16_high(gate) * -kLog2E));
+        }
       }
-      *reinterpret_cast<uint32_t*>(at) = pack_bf16(x, y);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float* const sums = &o[32 * part + 4 * n + 2 * i];
+        *at(n) = pack_bf16(sums[0] * factor[n].x, sums[1] * factor[n].y);
+      }
     }
   }
   __syncwarp();
@@ -389,7 +396,7 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
   for (int i = 0; i < 2; ++i)
     limit[i] = work.context + min(work.first_row + warp_row + lane / 4 + 8 * i, work.rows - 1) / work.group;
   const int first_limit = work.context + min(work.first_row + warpgroup * 64, work.rows - 1) / work.group;
-  constexpr float kScale = 1.4426950408889634f / 16.0f;  // exp2 instead of exp, 1 / sqrt(256)
+  constexpr float kScale = kLog2E / 16.0f;  // exp2 instead of exp, 1 / sqrt(256)
   float scale[2] = {kScale, kScale};
   wait_copies<0>();
   if constexpr (kFp8) {
