@@ -11,7 +11,7 @@ if(TOKENSPEED_CUDA AND CMAKE_CUDA_COMPILER AND cuda_sources AND NOT TOKENSPEED_S
   # need Hopper's instructions and are built for it alone; open_device says so where the GPU is another one.
   set(TOKENSPEED_CUDA_ARCHITECTURES "" CACHE STRING "Architectures besides 90a-real for kernels that need none")
   set(portable_kernels attention attention_prepare cublas_library decode_argmax embedding
-      gdn_chunk_prepare gdn_conv gdn_rule launch linear memory_bandwidth mlp norm quantize step tensor_map)
+      gdn_conv gdn_rule launch linear memory_bandwidth mlp norm quantize step tensor_map)
   # CMake 3.25 does not know how recent nvcc is told C++20.
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")

@@ -11,8 +11,6 @@ constexpr int kStateWarps = 2;
 constexpr int kBlockValues = 16 * kStateWarps;
 constexpr int kWalkThreads = (2 * kStateWarps + 1) * kWarp;  // state warps, output warps, the warp that fetches
 constexpr int kStages = 3;
-constexpr int kHalfRow = 64;  // keys and queries arrive in halves of 64 columns, 128 bytes
-constexpr int kHalfBytes = kChunk * kHalfRow * 2;
 constexpr int kFragments = (kSteps + kTiles) * 4;  // of S and of D, words per lane
 
 struct Stage {
@@ -326,14 +324,14 @@ void chunked_rule(const GatedDeltaRule& args, void* workspace, cudaStream_t stre
       batch.sequences < batch.tokens / kChunkedRuleTokens ? batch.sequences : batch.tokens / kChunkedRuleTokens;
   const int64_t most_chunks = batch.tokens / kChunk + partial;
   ChunkMatrices* const matrices = static_cast<ChunkMatrices*>(workspace);
-  prepare_chunks(args, matrices, most_chunks, stream);
+  const CUtensorMap rows = tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(),
+                                      args.qkv.stride * 2, kChunk, kHalfRow);
+  prepare_chunks(args, matrices, most_chunks, rows, stream);
   cudaFuncSetAttribute(walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(WalkShared));
   walk_kernel<<<dim3(kDim / kBlockValues, static_cast<unsigned>(args.shape.value_heads),
                      static_cast<unsigned>(batch.sequences)),
                 kWalkThreads, sizeof(WalkShared), stream>>>(
-      args, matrices,
-      tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk,
-                 kHalfRow),
+      args, matrices, rows,
       tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk,
                  kBlockValues));
 }

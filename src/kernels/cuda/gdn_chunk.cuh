@@ -10,6 +10,8 @@
 // barrier between the warps.
 #pragma once
 
+#include <cuda.h>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/gdn_stages.cuh"
 
@@ -19,13 +21,15 @@ inline constexpr int kChunk = 64;
 inline constexpr int kDim = 128;  // of keys and of values
 inline constexpr int kTiles = kChunk / 16;
 inline constexpr int kSteps = kDim / 16;
+inline constexpr int kHalfRow = 64;  // keys and queries arrive in halves of 64 columns, 128 bytes
+inline constexpr int kHalfBytes = kChunk * kHalfRow * 2;
 
 // What the first kernel leaves for one chunk and value head. Rows are 144 bytes apart, so that eight of them lie in
 // different banks once they are copied to shared memory as they are.
 inline constexpr int kPitch = kChunk + 8;
 struct ChunkMatrices {
   bf16 solve[kChunk][kPitch];   // T
-  bf16 attend[kChunk][kPitch];  // P; blocks above the diagonal are not written
+  bf16 attend[kChunk][kPitch];  // P; of neither are the 16 x 16 blocks above the diagonal written
   float grown[kChunk];          // e^G_i
   float rest[kChunk];           // e^(G_63 - G_i)
 };
@@ -40,6 +44,8 @@ __device__ inline int chunks(const SequenceBatch& batch, int sequence) {
 }
 
 // T and P of every chunk of the sequences that are long enough, [chunk][value head]; a launch of `most_chunks` chunks.
-void prepare_chunks(const GatedDeltaRule& args, ChunkMatrices* matrices, int64_t most_chunks, cudaStream_t stream);
+// `rows` maps args.qkv in tiles of kChunk rows and kHalfRow columns.
+void prepare_chunks(const GatedDeltaRule& args, ChunkMatrices* matrices, int64_t most_chunks, const CUtensorMap& rows,
+                    cudaStream_t stream);
 
 }  // namespace tokenspeed::kernels::cuda::gdn

@@ -1,6 +1,13 @@
-// T and P of every chunk of the delta rule, in parallel.
+// T and P of every chunk of the delta rule, in parallel: a block of 128 threads per key head and chunk.
+//
+// With L = 1 + A in blocks of 16 x 16, X = L^-1 follows from X L = 1: the blocks on the diagonal by substitution, a row
+// of the inverse per thread in fp32 registers, those below from right to left on the tensor cores,
+//   X_ij = -(sum of X_ik A_kj over j < k <= i) X_jj.
+// Factors are sums of two bfloat16, so that a product is exact but for 2^-17 of its terms: T is rounded once, at its
+// end. Decays are taken as powers of two. Bytes: keys and queries once, T and P of each value head.
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gdn_chunk.cuh"
-#include "kernels/cuda/tensor_core.cuh"
 
 namespace tokenspeed::kernels::cuda::gdn {
 namespace {
@@ -22,40 +29,106 @@ __device__ inline bool find_chunk(const SequenceBatch& batch, int index, Chunk* 
 }
 
 constexpr int kPrepareThreads = 128;
+constexpr int kPrepareBlocks = 6;  // of a multiprocessor
 constexpr int kHeadsAtOnce = kPrepareThreads / kChunk;
+constexpr int kSide = 16;
+constexpr int kLowerBlocks = kTiles * (kTiles + 1) / 2;
 
-// A's element (i, j): the rows' groups of four columns are exchanged so that eight rows' pairs lie in different banks.
-__device__ constexpr int system_column(int i, int j) { return j ^ ((i & 7) << 2); }
+__device__ constexpr int lower_block(int i, int j) { return i * (i + 1) / 2 + j; }
+// Byte offset of 16-byte chunk `chunk` of a block's row: eight rows' equal chunks lie in different banks.
+__device__ inline int block_offset(int row, int chunk) { return row * kSide * 2 + ((chunk ^ (row / 4 & 1)) << 4); }
 
+// One value head's A below the diagonal blocks and X in them, as high + low; A of the diagonal blocks, transposed.
+struct Triangle {
+  unsigned char high[kLowerBlocks][kSide * kSide * 2];
+  unsigned char low[kLowerBlocks][kSide * kSide * 2];
+  float diagonal[kTiles][kSide * kSide + kSide];  // neighbouring blocks' rows lie in different banks
+};
 struct PrepareShared {
   struct Operands {
-    bf16 keys[kChunk * kDim];
-    bf16 queries[kChunk * kDim];
+    bf16 keys[2][kChunk][kHalfRow];
+    bf16 queries[2][kChunk][kHalfRow];
   };
   union {
-    alignas(128) Operands operands;
-    float system[kHeadsAtOnce][kChunk][kChunk];  // A, below the diagonal, once the products are in registers
+    alignas(1024) Operands operands;
+    Triangle triangles[kHeadsAtOnce];  // once the products are in registers
   };
-  float sum[kHeadsAtOnce][kChunk];  // G
-  float beta[kHeadsAtOnce][kChunk];
+  alignas(16) float sum[kHeadsAtOnce][kChunk];  // G / log 2
+  alignas(16) float beta[kHeadsAtOnce][kChunk];
   float half_sum[kHeadsAtOnce];
+  alignas(8) uint64_t arrived;
 };
+static_assert(sizeof(PrepareShared) * kPrepareBlocks <= 220 * 1024);
 
-// x y^T of this warp's 16 rows of x, blocks up to the diagonal.
-__device__ inline void lower_products(float (&d)[2 * kTiles][4], uint32_t x, uint32_t y) {
+// The lower triangle is 20 tiles of 16 rows and 8 columns. Each warp takes five: two of one row of tiles, from an even
+// column on, and three of another.
+constexpr int kPair = 2;
+constexpr int kWarpTiles = 5;
+struct WarpTiles {
+  int row[2];     // in 16 rows
+  int column[2];  // in 8 columns
+  __device__ int row_of(int t) const { return row[t < kPair ? 0 : 1]; }
+  __device__ int column_of(int t) const { return t < kPair ? column[0] + t : column[1] + t - kPair; }
+};
+__device__ inline WarpTiles tiles_of(int warp) {
+  switch (warp) {
+    case 0:
+      return {{0, 3}, {0, 0}};
+    case 1:
+      return {{1, 3}, {0, 3}};
+    case 2:
+      return {{1, 2}, {2, 0}};
+    default:
+      return {{3, 2}, {6, 3}};
+  }
+}
+
+// K K^T and Q K^T of this warp's tiles.
+__device__ inline void multiply_tiles(float (&kk)[kWarpTiles][4], float (&qk)[kWarpTiles][4], const WarpTiles& tiles,
+                                      uint32_t keys, uint32_t queries) {
   const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
+  const auto at = [](int row, int k) { return k / 8 * kHalfBytes + swizzled<kHalfRow * 2>(row, k % 8); };
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    uint32_t a[4];
-    load_matrices(a, x + swizzled<kDim * 2>(warp * 16 + lane % 16, 2 * k + lane / 16));
+    uint32_t b[kWarpTiles + 1][2];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (n > warp) continue;
-      uint32_t b[4];
-      load_matrices(b, y + swizzled<kDim * 2>(n * 16 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-      multiply_add(d[2 * n], a, b[0], b[1]);
-      multiply_add(d[2 * n + 1], a, b[2], b[3]);
+    for (int part = 0; part < 2; ++part) {
+      uint32_t pair[4];
+      load_matrices(pair, keys + at(tiles.column[part] * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+      b[2 * part][0] = pair[0];
+      b[2 * part][1] = pair[1];
+      b[2 * part + 1][0] = pair[2];
+      b[2 * part + 1][1] = pair[3];
+    }
+    load_two_matrices(b[kWarpTiles - 1], keys + at(tiles.column[1] * 8 + 16 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const uint32_t row = at(tiles.row[part] * kSide + lane % 16, 2 * k + lane / 16);
+      uint32_t key[4], query[4];
+      load_matrices(key, keys + row);
+      load_matrices(query, queries + row);
+#pragma unroll
+      for (int t = part * kPair; t < (part == 0 ? kPair : kWarpTiles); ++t) {
+        multiply_add(kk[t], key, b[t][0], b[t][1]);
+        multiply_add(qk[t], query, b[t][0], b[t][1]);
+      }
+    }
+  }
+}
+
+// Zeros for what does not belong to A or P: above the diagonal, and A's rows behind the sequence's end, which are of
+// another's keys and may be NaN.
+__device__ inline void keep_lower(float (&kk)[kWarpTiles][4], float (&qk)[kWarpTiles][4], const WarpTiles& tiles,
+                                  int tokens) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int i = tiles.row_of(t) * kSide + lane / 4 + e / 2 * 8;
+      const int j = tiles.column_of(t) * 8 + lane % 4 * 2 + e % 2;
+      kk[t][e] = j < i && i < tokens ? kk[t][e] : 0.0f;
+      qk[t][e] = j <= i ? qk[t][e] : 0.0f;
     }
   }
 }
@@ -68,7 +141,8 @@ __device__ inline void sum_gates(const GatedDeltaRule& args, const Chunk& chunk,
   const bool inside = active && i < chunk.tokens;
   const int64_t at = (chunk.first_token + i) * args.shape.value_heads + head;
   constexpr float kLeast = 1e-38f;  // a decay of zero must not make the differences of logarithms NaN
-  float sum = inside ? logf(fmaxf(args.decay[at], kLeast)) : 0.0f;
+  const float beta = inside ? args.beta[at] : 0.0f;
+  float sum = inside ? log2f(fmaxf(args.decay[at], kLeast)) : 0.0f;
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const float before = __shfl_up_sync(~0u, sum, offset);
@@ -77,130 +151,243 @@ __device__ inline void sum_gates(const GatedDeltaRule& args, const Chunk& chunk,
   if (i == kWarp - 1) shared.half_sum[slot] = sum;
   __syncthreads();
   shared.sum[slot][i] = i < kWarp ? sum : sum + shared.half_sum[slot];
-  shared.beta[slot][i] = inside ? args.beta[at] : 0.0f;
+  shared.beta[slot][i] = beta;
   __syncthreads();
 }
 
-// A to shared memory and P to global memory, from the products of this warp's rows.
-__device__ inline void scale_products(const float (&kk)[2 * kTiles][4], const float (&qk)[2 * kTiles][4],
-                                      const float* sum, const float* beta, float (*system)[kChunk],
+// Two values as sums of two bfloat16 each.
+struct SplitPair {
+  uint32_t high;
+  uint32_t low;
+};
+__device__ inline SplitPair split(float x, float y) {
+  const uint32_t high = pack_bf16(x, y);
+  return {high, pack_bf16(x - bf16_low(high), y - bf16_high(high))};
+}
+
+// A to the triangle and P to global memory, from the products of this warp's tiles.
+__device__ inline void scale_products(const float (&kk)[kWarpTiles][4], const float (&qk)[kWarpTiles][4],
+                                      const WarpTiles& tiles, const float* sum, const float* beta, Triangle* triangle,
                                       ChunkMatrices* out) {
   const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int i = warp * 16 + lane / 4 + 8 * half;
-    const float sum_i = sum[i];
-    const float beta_i = beta[i];
+  for (int t = 0; t < kWarpTiles; ++t) {
+    const int row = tiles.row_of(t);
+    const int column = tiles.column_of(t);
+    const int j = column * 8 + lane % 4 * 2;
+    const float2 sum_j = *reinterpret_cast<const float2*>(sum + j);
+    const bool diagonal = column / 2 == row;
 #pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n) {
-      if (n > 2 * warp + 1) continue;
+    for (int half = 0; half < 2; ++half) {
+      const int block_row = lane / 4 + 8 * half;
+      const int i = row * kSide + block_row;
+      const float factor[2] = {power_of_two(fminf(sum[i] - sum_j.x, 0.0f)),
+                               power_of_two(fminf(sum[i] - sum_j.y, 0.0f))};
+      const float beta_i = beta[i];
       float a[2], p[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int j = n * 8 + lane % 4 * 2 + e;
-        const float factor = j <= i ? __expf(sum_i - sum[j]) : 0.0f;
-        a[e] = j < i ? beta_i * factor * kk[n][2 * half + e] : 0.0f;
-        p[e] = factor * qk[n][2 * half + e];
+        a[e] = beta_i * factor[e] * kk[t][2 * half + e];
+        p[e] = factor[e] * qk[t][2 * half + e];
       }
-      const int j = n * 8 + lane % 4 * 2;
-      *reinterpret_cast<float2*>(&system[i][system_column(i, j)]) = make_float2(a[0], a[1]);
       *reinterpret_cast<uint32_t*>(&out->attend[i][j]) = pack_bf16(p[0], p[1]);
+      if (diagonal) {
+        float* const to = triangle->diagonal[row] + j % kSide * kSide + block_row;
+        to[0] = a[0];
+        to[kSide] = a[1];
+      } else {
+        const int block = lower_block(row, column / 2);
+        const int offset = block_offset(block_row, column % 2) + lane % 4 * 4;
+        const SplitPair pair = split(a[0], a[1]);
+        *reinterpret_cast<uint32_t*>(triangle->high[block] + offset) = pair.high;
+        *reinterpret_cast<uint32_t*>(triangle->low[block] + offset) = pair.low;
+      }
     }
   }
 }
 
-// Column `column` of (1 + A)^-1 by forward substitution, in registers. Rows before kFirst are known to be zero.
-template <int kFirst>
-__device__ inline void solve_column(const float (*system)[kChunk], int column, float beta, ChunkMatrices* out) {
-  float x[kChunk];
+// Row `row` of diagonal block `block` of X, from its last element to its first; those behind the diagonal come out as
+// zeros.
+__device__ inline void invert_diagonal_row(Triangle* triangle, int block, int row, const float* beta,
+                                           ChunkMatrices* out) {
+  float x[kSide];
 #pragma unroll
-  for (int i = 0; i < kFirst; ++i) out->solve[i][column] = __float2bfloat16(0.0f);
+  for (int j = kSide - 1; j >= 0; --j) {
+    float part[2] = {row == j ? 1.0f : 0.0f, 0.0f};  // two chains of additions
 #pragma unroll
-  for (int i = kFirst; i < kChunk; ++i) {
-    float part[4] = {i == column ? 1.0f : 0.0f, 0, 0, 0};  // four chains of additions
-#pragma unroll
-    for (int j = kFirst; j < i; j += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&system[i][system_column(i, j)]);
-      part[0] -= a.x * x[j];
-      if (j + 1 < i) part[1] -= a.y * x[j + 1];
-      if (j + 2 < i) part[2] -= a.z * x[j + 2];
-      if (j + 3 < i) part[3] -= a.w * x[j + 3];
+    for (int k = j / 4 * 4; k < kSide; k += 4) {
+      const float4 a = *reinterpret_cast<const float4*>(triangle->diagonal[block] + j * kSide + k);
+      if (k > j) part[0] -= a.x * x[k];
+      if (k + 1 > j) part[1] -= a.y * x[k + 1];
+      if (k + 2 > j) part[0] -= a.z * x[k + 2];
+      if (k + 3 > j) part[1] -= a.w * x[k + 3];
     }
-    x[i] = (part[0] + part[1]) + (part[2] + part[3]);
-    out->solve[i][column] = __float2bfloat16(x[i] * beta);
+    x[j] = part[0] + part[1];
+  }
+  const float* const scale = beta + block * kSide;
+#pragma unroll
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    SplitPair pairs[4];
+    uint32_t solved[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = chunk * 8 + 2 * i;
+      pairs[i] = split(x[j], x[j + 1]);
+      solved[i] = pack_bf16(x[j] * scale[j], x[j + 1] * scale[j + 1]);
+    }
+    const int index = lower_block(block, block);
+    const int offset = block_offset(row, chunk);
+    *reinterpret_cast<uint4*>(triangle->high[index] + offset) = {pairs[0].high, pairs[1].high, pairs[2].high,
+                                                                 pairs[3].high};
+    *reinterpret_cast<uint4*>(triangle->low[index] + offset) = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
+    *reinterpret_cast<uint4*>(&out->solve[block * kSide + row][block * kSide + chunk * 8]) = {solved[0], solved[1],
+                                                                                              solved[2], solved[3]};
+  }
+}
+
+// An operand of 16 x 16 as the sum of two.
+struct SplitOperand {
+  uint32_t high[4];
+  uint32_t low[4];
+};
+__device__ inline SplitOperand as_split_operand(const float (&d)[2][4]) {
+  SplitOperand operand;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const SplitPair pair = split(d[i / 2][i % 2 * 2], d[i / 2][i % 2 * 2 + 1]);
+    operand.high[i] = pair.high;
+    operand.low[i] = pair.low;
+  }
+  return operand;
+}
+
+// d += x y, y one of the triangle's blocks.
+__device__ inline void multiply_block(float (&d)[2][4], const SplitOperand& x, const Triangle& triangle, int block) {
+  const int lane = threadIdx.x % kWarp;
+  const int offset = block_offset(lane % kSide, lane / kSide);
+  uint32_t high[4], low[4];
+  load_matrices_transposed(high, shared_address(triangle.high[block]) + offset);
+  load_matrices_transposed(low, shared_address(triangle.low[block]) + offset);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) multiply_add(d[tile], x.low, high[2 * tile], high[2 * tile + 1]);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) multiply_add(d[tile], x.high, low[2 * tile], low[2 * tile + 1]);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) multiply_add(d[tile], x.high, high[2 * tile], high[2 * tile + 1]);
+}
+
+// T's block (i, j) from X's.
+__device__ inline void store_solved(const float (&x)[2][4], int i, int j, const float* beta, ChunkMatrices* out) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    const int column = j * kSide + tile * 8 + lane % 4 * 2;
+    const float2 scale = *reinterpret_cast<const float2*>(beta + column);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<uint32_t*>(&out->solve[i * kSide + lane / 4 + 8 * half][column]) =
+          pack_bf16(x[tile][2 * half] * scale.x, x[tile][2 * half + 1] * scale.y);
+    }
+  }
+}
+
+// X's blocks (kRow, j) for j < kRow, one warp.
+template <int kRow>
+__device__ inline void invert_row(const Triangle& triangle, const float* beta, ChunkMatrices* out) {
+  const int lane = threadIdx.x % kWarp;
+  SplitOperand x[kRow + 1];
+  const int offset = block_offset(lane % kSide, lane / kSide);
+  load_matrices(x[kRow].high, shared_address(triangle.high[lower_block(kRow, kRow)]) + offset);
+  load_matrices(x[kRow].low, shared_address(triangle.low[lower_block(kRow, kRow)]) + offset);
+#pragma unroll
+  for (int j = kRow - 1; j >= 0; --j) {
+    float sum[2][4] = {};
+#pragma unroll
+    for (int k = kRow; k > j; --k) multiply_block(sum, x[k], triangle, lower_block(k, j));
+    float product[2][4] = {};
+    multiply_block(product, as_split_operand(sum), triangle, lower_block(j, j));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) product[i / 4][i % 4] = -product[i / 4][i % 4];
+    if (j > 0) x[j] = as_split_operand(product);
+    store_solved(product, kRow, j, beta, out);
   }
 }
 
 // kManyHeads: more value heads share a key head than are solved at once.
 template <bool kManyHeads>
-__global__ void __launch_bounds__(kPrepareThreads, kManyHeads ? 3 : 4)
-    prepare_kernel(GatedDeltaRule args, ChunkMatrices* matrices) {
+__global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
+    prepare_kernel(GatedDeltaRule args, ChunkMatrices* matrices, const __grid_constant__ CUtensorMap rows) {
   extern __shared__ __align__(1024) unsigned char memory[];
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
   Chunk chunk;
-  if (!find_chunk(args.batch, blockIdx.x, &chunk)) return;
-  const int key_head = blockIdx.y;
+  if (!find_chunk(args.batch, blockIdx.y, &chunk)) return;
+  const int key_head = blockIdx.x;
   const int value_heads = static_cast<int>(args.shape.value_heads);
   const int group = value_heads / static_cast<int>(args.shape.key_heads);
-
-  const uint32_t keys = shared_address(shared.operands.keys);
-  const uint32_t queries = shared_address(shared.operands.queries);
-  constexpr int kPieces = kDim / 8;
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kPrepareThreads) {
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    const bf16* query = static_cast<const bf16*>(args.qkv.data) + (chunk.first_token + row) * args.qkv.stride +
-                        key_head * kDim + piece * 8;
-    const bool inside = row < chunk.tokens;
-    copy16_async(queries + swizzled<kDim * 2>(row, piece), inside ? query : nullptr, inside);
-    copy16_async(keys + swizzled<kDim * 2>(row, piece), inside ? query + args.shape.key_heads * kDim : nullptr, inside);
-  }
-  commit_copies();
-  wait_copies<0>();
-  __syncthreads();
-  float kk[2 * kTiles][4] = {};
-  float qk[2 * kTiles][4] = {};
-  lower_products(kk, keys, keys);
-  lower_products(qk, queries, keys);
-
-  __syncthreads();  // A takes the place of keys and queries
-
-  // Warps with the later columns have a quarter of the others' work: every second block exchanges them, so that each of
-  // the multiprocessor's schedulers gets both kinds.
+  const int warp = threadIdx.x / kWarp;
   const int slot = threadIdx.x / kChunk;
-  const int i = (threadIdx.x + blockIdx.x % 2 * kWarp) % kChunk;
+  const int i = threadIdx.x % kChunk;
+
+  const uint32_t arrived = shared_address(&shared.arrived);
+  if (threadIdx.x == 0) {
+    barrier_init(arrived, 1);
+    publish_barriers();
+    barrier_arrive_expecting(arrived, 4 * kHalfBytes);
+    for (int half = 0; half < 2; ++half) {
+      const int column = key_head * kDim + half * kHalfRow;
+      tile_copy(shared_address(&shared.operands.keys[half]), rows, chunk.first_token,
+                static_cast<int>(args.shape.key_heads) * kDim + column, arrived);
+      tile_copy(shared_address(&shared.operands.queries[half]), rows, chunk.first_token, column, arrived);
+    }
+  }
+  sum_gates(args, chunk, key_head * group + slot, slot < group, shared);  // its barriers also publish `arrived`
+  barrier_wait(arrived, 0);
+  const WarpTiles tiles = tiles_of(warp);
+  float kk[kWarpTiles][4] = {};
+  float qk[kWarpTiles][4] = {};
+  multiply_tiles(kk, qk, tiles, shared_address(shared.operands.keys), shared_address(shared.operands.queries));
+  keep_lower(kk, qk, tiles, chunk.tokens);
+
   for (int first = 0; first < (kManyHeads ? group : 1); first += kHeadsAtOnce) {
     const int first_head = key_head * group + first;
     const bool active = first + slot < group;
-    sum_gates(args, chunk, first_head + slot, active, shared);
-    ChunkMatrices* const out = matrices + static_cast<int64_t>(blockIdx.x) * value_heads + first_head;
-#pragma unroll
-    for (int s = 0; s < kHeadsAtOnce; ++s) {
-      if (first + s < group) scale_products(kk, qk, shared.sum[s], shared.beta[s], shared.system[s], out + s);
+    if (kManyHeads && first > 0) sum_gates(args, chunk, first_head + slot, active, shared);
+    __syncthreads();  // triangles take the place of keys and queries, or of the triangles before
+    ChunkMatrices* const out = matrices + static_cast<int64_t>(blockIdx.y) * value_heads + first_head;
+#pragma unroll 1
+    for (int s = 0; s < min(kHeadsAtOnce, group - first); ++s) {
+      scale_products(kk, qk, tiles, shared.sum[s], shared.beta[s], &shared.triangles[s], out + s);
+    }
+    __syncthreads();
+    Triangle& triangle = shared.triangles[slot];
+    const float* const beta = shared.beta[slot];
+    if (active) {
+      out[slot].grown[i] = power_of_two(shared.sum[slot][i]);
+      out[slot].rest[i] = power_of_two(shared.sum[slot][kChunk - 1] - shared.sum[slot][i]);
+      invert_diagonal_row(&triangle, i / kSide, i % kSide, beta, out + slot);
     }
     __syncthreads();
     if (active) {
-      const float* const sum = shared.sum[slot];
-      out[slot].grown[i] = __expf(sum[i]);
-      out[slot].rest[i] = __expf(sum[kChunk - 1] - sum[i]);
-      if (i < kChunk / 2) {
-        solve_column<0>(shared.system[slot], i, shared.beta[slot][i], out + slot);
+      if (warp % 2 == 0) {
+        invert_row<3>(triangle, beta, out + slot);
       } else {
-        solve_column<kChunk / 2>(shared.system[slot], i, shared.beta[slot][i], out + slot);
+        invert_row<2>(triangle, beta, out + slot);
+        invert_row<1>(triangle, beta, out + slot);
       }
     }
-    if constexpr (kManyHeads) __syncthreads();
   }
 }
 
 }  // namespace
 
-void prepare_chunks(const GatedDeltaRule& args, ChunkMatrices* matrices, int64_t most_chunks, cudaStream_t stream) {
+void prepare_chunks(const GatedDeltaRule& args, ChunkMatrices* matrices, int64_t most_chunks, const CUtensorMap& rows,
+                    cudaStream_t stream) {
   const auto prepare =
       args.shape.value_heads / args.shape.key_heads > kHeadsAtOnce ? prepare_kernel<true> : prepare_kernel<false>;
-  prepare<<<dim3(static_cast<unsigned>(most_chunks), static_cast<unsigned>(args.shape.key_heads)), kPrepareThreads,
-            sizeof(PrepareShared), stream>>>(args, matrices);
+  // As much shared memory as the walk asks for: six blocks fit, and the multiprocessors need not be divided anew.
+  cudaFuncSetAttribute(prepare, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  prepare<<<dim3(static_cast<unsigned>(args.shape.key_heads), static_cast<unsigned>(most_chunks)), kPrepareThreads,
+            sizeof(PrepareShared), stream>>>(args, matrices, rows);
 }
 
 }  // namespace tokenspeed::kernels::cuda::gdn
