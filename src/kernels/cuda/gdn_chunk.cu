@@ -1,6 +1,8 @@
 // The delta rule's walk over the chunks of each sequence.
 #include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gdn_chunk.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace tokenspeed::kernels::cuda {
@@ -30,7 +32,7 @@ struct WalkShared {
   alignas(8) uint64_t taken[kStateWarps][2];
 };
 
-// Fetches chunk after chunk; one thread.
+// Fetches chunk after chunk; one thread. T and P alone are its predecessor's.
 __device__ inline void fetch_chunks(const GatedDeltaRule& args, const CUtensorMap& rows, const CUtensorMap& value_rows,
                                     WalkShared& shared, const ChunkMatrices* matrices, int sequence, int head,
                                     int first_value, int count) {
@@ -51,6 +53,7 @@ __device__ inline void fetch_chunks(const GatedDeltaRule& args, const CUtensorMa
       tile_copy(shared_address(&stage.queries[half]), rows, token, column, full);
     }
     tile_copy(shared_address(&stage.values), value_rows, token, 2 * key_columns + head * kDim + first_value, full);
+    if (c == 0) wait_for_predecessor();
     bulk_copy(shared_address(&stage.matrices), matrices + static_cast<int64_t>(c) * value_heads, sizeof(ChunkMatrices),
               full);
   }
@@ -327,13 +330,13 @@ void chunked_rule(const GatedDeltaRule& args, void* workspace, cudaStream_t stre
   const CUtensorMap rows = tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(),
                                       args.qkv.stride * 2, kChunk, kHalfRow);
   prepare_chunks(args, matrices, most_chunks, rows, stream);
-  cudaFuncSetAttribute(walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(WalkShared));
-  walk_kernel<<<dim3(kDim / kBlockValues, static_cast<unsigned>(args.shape.value_heads),
-                     static_cast<unsigned>(batch.sequences)),
-                kWalkThreads, sizeof(WalkShared), stream>>>(
-      args, matrices, rows,
-      tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(), args.qkv.stride * 2, kChunk,
-                 kBlockValues));
+  const CUtensorMap value_rows = tensor_map(args.qkv.data, DType::kBFloat16, batch.tokens, args.shape.channels(),
+                                            args.qkv.stride * 2, kChunk, kBlockValues);
+  const dim3 grid(kDim / kBlockValues, static_cast<unsigned>(args.shape.value_heads),
+                  static_cast<unsigned>(batch.sequences));
+  // An error stays for cudaGetLastError(), as those of the launches around it do.
+  static_cast<void>(launch_kernel("chunked_rule", Launch{stream}, walk_kernel, grid, kWalkThreads, sizeof(WalkShared),
+                                  1, args, matrices, rows, value_rows));
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -319,6 +319,8 @@ __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
     prepare_kernel(GatedDeltaRule args, ChunkMatrices* matrices, const __grid_constant__ CUtensorMap rows) {
   extern __shared__ __align__(1024) unsigned char memory[];
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
+  // Launched plainly, so all that earlier launches wrote is there for the walk as well, which waits for T and P alone.
+  allow_successor();
   Chunk chunk;
   if (!find_chunk(args.batch, blockIdx.y, &chunk)) return;
   const int key_head = blockIdx.x;
