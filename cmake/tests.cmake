@@ -62,3 +62,17 @@ if(TARGET runtime_cuda)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr>)
   endforeach()
 endif()
+
+# Device code run by the processor, thread by thread; needs CUDA's headers, no GPU and nothing of the CUDA library.
+if(TARGET kernels_cuda)
+  file(GLOB emulation_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/emulation/*.cpp)
+  add_executable(emulation_tests ${emulation_sources})
+  # In front of everything: headers that replace instructions by calls of the machine.
+  target_include_directories(emulation_tests BEFORE PRIVATE ${CMAKE_SOURCE_DIR}/tests/emulation/include)
+  target_include_directories(emulation_tests PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+  target_include_directories(emulation_tests SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  target_link_libraries(emulation_tests PRIVATE kernels GTest::gtest_main)
+  # What nvcc accepts in device code.
+  target_compile_options(emulation_tests PRIVATE -Wno-unknown-pragmas -Wno-sign-compare)
+  gtest_discover_tests(emulation_tests TEST_PREFIX emulation. DISCOVERY_MODE PRE_TEST PROPERTIES LABELS fast TIMEOUT 600)
+endif()

@@ -1,0 +1,89 @@
+#include "emulation/box_copy.h"
+
+#include <cstring>
+
+#include "kernels/cuda/tensor_map.h"
+
+namespace tokenspeed::emulation {
+namespace {
+
+constexpr int kLine = 128;  // bytes of a chunk's row
+constexpr int kUnit = 16;
+constexpr int kInnerRows = 8;
+constexpr int kGroups = 2;
+constexpr uint8_t kNotThere = 0xff;  // a NaN in FP8 and in bfloat16
+
+// What kernels::cuda::box_map() was given, in the bytes that the driver would fill.
+struct Box {
+  const uint8_t* data;
+  int64_t row_bytes;
+  int64_t inner_rows;
+  int64_t outer;
+  int64_t outer_stride;
+  int turns;
+  int chunks;
+
+  size_t bytes() const { return static_cast<size_t>(kInnerRows * kGroups * chunks * kLine); }
+};
+static_assert(sizeof(Box) <= sizeof(CUtensorMap));
+
+struct Corner {
+  int row, outer, turn;
+};
+
+// Null: outside of the matrix, which is zeros.
+const uint8_t* line_of(const Box& box, const Corner& corner, int chunk, int group, int inner) {
+  const int64_t row = corner.row + inner;
+  const int64_t outer = corner.outer + group;
+  const bool inside = row >= 0 && row < box.inner_rows && outer >= 0 && outer < box.outer && corner.turn >= 0 &&
+                      corner.turn < box.turns;
+  if (!inside) return nullptr;
+  return box.data + row * box.row_bytes + outer * box.outer_stride + corner.turn * int64_t{kLine} +
+         chunk * int64_t{kLine} * box.turns;
+}
+
+void write_box(const Box& box, const Corner& corner, uint8_t* to, uint32_t address) {
+  for (int chunk = 0; chunk < box.chunks; ++chunk) {
+    for (int group = 0; group < kGroups; ++group) {
+      for (int inner = 0; inner < kInnerRows; ++inner, to += kLine, address += kLine) {
+        const uint8_t* const from = line_of(box, corner, chunk, group, inner);
+        for (uint32_t unit = 0; unit < kLine / kUnit; ++unit) {
+          uint8_t* const place = to + (unit ^ (address / kLine & 7)) * kUnit;
+          if (from == nullptr) {
+            std::memset(place, 0, kUnit);
+          } else {
+            std::memcpy(place, from + unit * kUnit, kUnit);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, uint32_t barrier, Place place) {
+  Box box;
+  std::memcpy(&box, &map, sizeof(box));
+  if (shared % kLine != 0) fail("a box goes to shared memory that is not aligned to 128 bytes", place);
+  uint8_t* const to = at_shared(shared, box.bytes(), place);
+  std::memset(to, kNotThere, box.bytes());
+  copy_later(
+      barrier, static_cast<uint32_t>(box.bytes()),
+      [=, corner = Corner{row, outer, turn}] { write_box(box, corner, to, shared); }, place);
+}
+
+}  // namespace tokenspeed::emulation
+
+namespace tokenspeed::kernels::cuda {
+
+CUtensorMap box_map(const void* data, int64_t row_bytes, int64_t inner_rows, int64_t outer, int64_t outer_stride,
+                    int turns, int chunks) {
+  const emulation::Box box = {
+      static_cast<const uint8_t*>(data), row_bytes, inner_rows, outer, outer_stride, turns, chunks};
+  CUtensorMap map = {};
+  std::memcpy(&map, &box, sizeof(box));
+  return map;
+}
+
+}  // namespace tokenspeed::kernels::cuda
