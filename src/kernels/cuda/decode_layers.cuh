@@ -100,14 +100,9 @@ struct LayerConsumer {
 
 // ---- words ----
 
-// Many words are not polled together, as that would take the bandwidth of L2 from the weights: when the first is there,
-// the others of the same writers are, or nearly.
-template <int kCount>
-inline constexpr int kPollAtOnce = kCount <= 4 ? kCount : 1;
-
-// Loads `count` <= kCount pairs of words that other blocks write and hands their values on in order when all are there.
-// The whole warp calls, so that it leaves the loop as one; lanes that want nothing say so.
-template <int kCount, typename Address, typename Take>
+// Loads `count` <= kCount pairs of words that other blocks write and hands their values on in order when all are there, the
+// first kFirst before the others are asked for. The whole warp calls, so that it leaves the loop as one; lanes that want nothing say so.
+template <int kCount, int kFirst, typename Address, typename Take>
 __device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address&& address, Take&& take) {
   uint4 value[kCount];
   const auto fetch = [&](int begin, int end) {
@@ -125,15 +120,15 @@ __device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address
       }
     } while (!__all_sync(~0u, complete));
   };
-  fetch(0, kPollAtOnce<kCount>);
-  if constexpr (kPollAtOnce<kCount> < kCount) fetch(kPollAtOnce<kCount>, kCount);
+  fetch(0, kFirst);
+  if constexpr (kFirst < kCount) fetch(kFirst, kCount);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (i < count) take(i, value[i].x, value[i].z);
   }
 }
 // The same of single words.
-template <int kCount, typename Address, typename Take>
+template <int kCount, int kFirst, typename Address, typename Take>
 __device__ __forceinline__ void gather_words(unsigned launch, int count, Address&& address, Take&& take) {
   uint2 value[kCount];
   const auto fetch = [&](int begin, int end) {
@@ -151,8 +146,8 @@ __device__ __forceinline__ void gather_words(unsigned launch, int count, Address
       }
     } while (!__all_sync(~0u, complete));
   };
-  fetch(0, kPollAtOnce<kCount>);
-  if constexpr (kPollAtOnce<kCount> < kCount) fetch(kPollAtOnce<kCount>, kCount);
+  fetch(0, kFirst);
+  if constexpr (kFirst < kCount) fetch(kFirst, kCount);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (i < count) take(i, value[i].x);
@@ -289,6 +284,39 @@ __device__ __forceinline__ float add_parts(const float* row) {
   for (int i = 0; i < kLayerWarps / 4; ++i) sum[i] = (v[i].x + v[i].y) + (v[i].z + v[i].w);
   static_assert(kLayerWarps == 16, "four vectors");
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Sums of kCount values over the lanes of a warp, each added as warp_sum() does, so with the same bits. Lanes exchange
+// values that they give up for values that they keep, so that together they need few more shuffles than one value.
+template <int kCount>
+__device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
+  static_assert(kCount <= kWarp && (kCount & (kCount - 1)) == 0);
+  int left = kCount;
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    left /= 2;
+    if (left == 0) {
+      v[0] += __shfl_xor_sync(~0u, v[0], offset);
+      continue;
+    }
+    const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float given = upper ? v[i] : v[i + left];
+      const float kept = upper ? v[i + left] : v[i];
+      v[i] = kept + __shfl_xor_sync(~0u, given, offset);
+    }
+  }
+  return v[0];
+}
+// Which of the sums a lane has, and whether it is the first that does.
+template <int kCount>
+__device__ __forceinline__ int sum_of_lane() {
+  return threadIdx.x % kWarp / (kWarp / kCount);
+}
+template <int kCount>
+__device__ __forceinline__ bool is_lane_of_sum() {
+  return threadIdx.x % (kWarp / kCount) == 0;
 }
 
 // What the RMS norm divides row t by, inverted.

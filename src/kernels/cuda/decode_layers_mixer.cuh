@@ -46,12 +46,20 @@ __device__ __forceinline__ int mixer_channels(const MixerPhase& p) {
   return (2 * p.key_heads + p.value_heads) * kMixerDim;
 }
 
+// What the rule takes of a token's q and k beside their products with the state.
+struct MixerProducts {
+  float scale_q;
+  float scale_k;
+  float kq;
+};
+
 struct MixerStaged {
   float q[kDecodeTokens][kMixerDim];
   float k[kDecodeTokens][kMixerDim];
   float v[kDecodeTokens][kMixerRows];
   float decay[kDecodeTokens];
   float beta[kDecodeTokens];
+  MixerProducts products[kDecodeTokens];
 };
 
 // What a thread knows before the projections: its state values, and its channel's tail.
@@ -104,7 +112,7 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     const int t = item - kMixerItems;
     const int64_t at = (static_cast<int64_t>(begin + t) * p.value_heads + task.head) / 2;
     float gate[2] = {};
-    gather_words<2>(c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
+    gather_words<2, 2>(c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
                     [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
     if (t >= tokens) return;
     const float a = gate[1] + ahead.dt_bias;
@@ -119,59 +127,92 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
                     : item < 2 * kMixerDim ? &s.k[0][item - kMixerDim]
                                            : &s.v[0][item - 2 * kMixerDim];
   const int stride = item < 2 * kMixerDim ? kMixerDim : kMixerRows;
-  gather_words<kRows>(
-      c.launch, tokens, [&](int t) { return from + static_cast<int64_t>(t) * (mixer_channels(p) / 2); },
-      [&](int t, uint32_t pair) {
-        const float u = half_of(pair, channel);
-        const float4& w = ahead.weight;
-        to[t * stride] = silu(w.x * ahead.tail[0] + w.y * ahead.tail[1] + w.z * ahead.tail[2] + w.w * u);
-        ahead.tail[0] = ahead.tail[1];
-        ahead.tail[1] = ahead.tail[2];
-        ahead.tail[2] = u;
-      });
+  const auto address = [&](int t) { return from + min(t, tokens - 1) * (mixer_channels(p) / 2); };
+  const auto take = [&](int t, uint32_t pair) {
+    const float u = half_of(pair, channel);
+    const float4& w = ahead.weight;
+    to[t * stride] = silu(w.x * ahead.tail[0] + w.y * ahead.tail[1] + w.z * ahead.tail[2] + w.w * u);
+    ahead.tail[0] = ahead.tail[1];
+    ahead.tail[1] = ahead.tail[2];
+    ahead.tail[2] = u;
+  };
+  if (kRows == 1 || tokens == 1) {
+    gather_words<1, 1>(c.launch, 1, address, take);
+  } else {
+    // Tokens that are not there repeat the last one, so that all loads are in flight together.
+    gather_words<kRows, 1>(c.launch, kRows, address, take);
+  }
 }
 
 __device__ __forceinline__ float dot4(const float4& a, const float4& b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
-// The rule for one token on this thread's eight state values; returns o of the thread's row.
-__device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 (&state)[2]) {
-  const int row = threadIdx.x / kMixerLanes;
-  const int part = threadIdx.x % kMixerLanes;
-  float4 k[2];
-  float sk = 0, sq = 0, kk = 0, qq = 0, kq = 0;
+// This lane's eight columns of a row of q or k.
+struct MixerColumns {
+  float4 v[2];
+  __device__ explicit MixerColumns(const float* row) {
+    const int part = threadIdx.x % kMixerLanes;
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    k[j] = *reinterpret_cast<const float4*>(&s.k[t][j * 64 + part * 4]);
-    const float4 q = *reinterpret_cast<const float4*>(&s.q[t][j * 64 + part * 4]);
-    sk += dot4(state[j], k[j]);
-    sq += dot4(state[j], q);
-    kk += dot4(k[j], k[j]);
-    qq += dot4(q, q);
-    kq += dot4(k[j], q);
+    for (int j = 0; j < 2; ++j) v[j] = *reinterpret_cast<const float4*>(row + j * 64 + part * 4);
   }
+  __device__ float times(const float4 (&other)[2]) const {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) sum += dot4(other[j], v[j]);
+    return sum;
+  }
+};
+template <int kCount>
+__device__ __forceinline__ void add_lanes(float (&sum)[kCount]) {
 #pragma unroll
   for (int offset = 1; offset < kMixerLanes; offset *= 2) {
-    sk += __shfl_xor_sync(~0u, sk, offset);
-    sq += __shfl_xor_sync(~0u, sq, offset);
-    kk += __shfl_xor_sync(~0u, kk, offset);
-    qq += __shfl_xor_sync(~0u, qq, offset);
-    kq += __shfl_xor_sync(~0u, kq, offset);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
   }
-  const float scale_q = rsqrtf(qq + 1e-6f) * 0.08838834764831845f;  // 1 / sqrt(128)
-  const float scale_k = rsqrtf(kk + 1e-6f);
+}
+// sum: k k, q q, k q.
+__device__ __forceinline__ MixerProducts mixer_products(float kk, float qq, float kq) {
+  return {rsqrtf(qq + 1e-6f) * 0.08838834764831845f, rsqrtf(kk + 1e-6f), kq};  // 1 / sqrt(128)
+}
+
+// Token t's products, by the warp of that number.
+__device__ __forceinline__ void prepare_products(MixerStaged& s, int t) {
+  const MixerColumns q(s.q[t]), k(s.k[t]);
+  float sum[] = {k.times(k.v), q.times(q.v), q.times(k.v)};
+  add_lanes(sum);
+  if (threadIdx.x % kWarp == 0) s.products[t] = mixer_products(sum[0], sum[1], sum[2]);
+}
+
+// The rule for one token on this thread's eight state values; returns o of the thread's row. kAlone: the token's
+// products are not prepared.
+template <bool kAlone>
+__device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 (&state)[2]) {
+  const MixerColumns q(s.q[t]), k(s.k[t]);
+  float sk, sq;
+  MixerProducts made;
+  if constexpr (kAlone) {
+    float sum[] = {k.times(state), q.times(state), k.times(k.v), q.times(q.v), q.times(k.v)};
+    add_lanes(sum);
+    sk = sum[0], sq = sum[1];
+    made = mixer_products(sum[2], sum[3], sum[4]);
+  } else {
+    float sum[] = {k.times(state), q.times(state)};
+    add_lanes(sum);
+    sk = sum[0], sq = sum[1];
+    made = s.products[t];
+  }
   const float decay = s.decay[t];
-  const float delta = s.beta[t] * (s.v[t][row] - decay * sk * scale_k);
-  const float step = delta * scale_k;
+  const float delta = s.beta[t] * (s.v[t][threadIdx.x / kMixerLanes] - decay * sk * made.scale_k);
+  const float step = delta * made.scale_k;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    state[j].x = decay * state[j].x + step * k[j].x;
-    state[j].y = decay * state[j].y + step * k[j].y;
-    state[j].z = decay * state[j].z + step * k[j].z;
-    state[j].w = decay * state[j].w + step * k[j].w;
+    state[j].x = decay * state[j].x + step * k.v[j].x;
+    state[j].y = decay * state[j].y + step * k.v[j].y;
+    state[j].z = decay * state[j].z + step * k.v[j].z;
+    state[j].w = decay * state[j].w + step * k.v[j].w;
   }
-  return round_bf16(decay * sq * scale_q + delta * kq * scale_q * scale_k);
+  return round_bf16(decay * sq * made.scale_q + delta * made.kq * made.scale_q * made.scale_k);
 }
 
 template <int kRows>
@@ -187,27 +228,37 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     MixerAhead ahead;
     ahead.fetch(p, c.shared, task);
     const int begin = c.shared.token_begin[task.sequence];
-    const int tokens = c.shared.token_begin[task.sequence + 1] - begin;
+    // Known to the compiler to be the warp's.
+    const int tokens = __shfl_sync(~0u, c.shared.token_begin[task.sequence + 1] - begin, 0);
+    if (tokens == 0) continue;
     mixer_convolve<kRows>(p, c, ahead, task, begin, tokens, s);
     // The gates of the warp's two rows, of token `lane`.
     const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
     uint32_t z = 0;
-    gather_words<1>(c.launch, lane < tokens,
-                    [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
-                    [&](int, uint32_t pair) { z = pair; });
+    gather_words<1, 1>(c.launch, lane < tokens,
+                       [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
+                       [&](int, uint32_t pair) { z = pair; });
     c.mark(1);
     consumer_barrier();
     c.mark(2);
+    float o = 0;  // of the lane's token, one of the warp's rows in each half
+    if (kRows == 1 || tokens == 1) {
+      o = mixer_rule<true>(s, 0, ahead.state);
+    } else {
+      if (warp < tokens) prepare_products(s, warp);
+      consumer_barrier();
 #pragma unroll 1
-    for (int t = 0; t < tokens; ++t) {
-      const float o = mixer_rule(s, t, ahead.state);
-      const float second = __shfl_sync(~0u, o, kMixerLanes);
-      const uint32_t gates = __shfl_sync(~0u, z, t);
-      if (lane != 0) continue;
-      store_word(p.o + static_cast<int64_t>(begin + t) * p.value_heads * 64 + pair_at,
-                 pack_bf16(o * ahead.norm.x * silu(bf16_low(gates)), second * ahead.norm.y * silu(bf16_high(gates))),
+      for (int t = 0; t < tokens; ++t) {
+        const float made = mixer_rule<false>(s, t, ahead.state);
+        if (lane % kMixerLanes == t) o = made;
+      }
+    }
+    const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
+    if (lane < tokens) {
+      store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
+                 pack_bf16(o * ahead.norm.x * silu(bf16_low(z)), second * ahead.norm.y * silu(bf16_high(z))),
                  c.launch);
-      c.shared.mixer_squares[t][warp] = o * o + second * second;
+      c.shared.mixer_squares[lane][warp] = o * o + second * second;
     }
     c.mark(3);
     consumer_barrier();
@@ -217,11 +268,9 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
                      task.part,
                  __float_as_uint(sum), c.launch);
     }
-    if (tokens > 0) {
-      std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
-      *reinterpret_cast<float4*>(to) = ahead.state[0];
-      *reinterpret_cast<float4*>(to + 256) = ahead.state[1];
-    }
+    std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
+    *reinterpret_cast<float4*>(to) = ahead.state[0];
+    *reinterpret_cast<float4*>(to + 256) = ahead.state[1];
   }
   c.mark(4);
   ++c.batch;

@@ -8,12 +8,6 @@ namespace tokenspeed::kernels::cuda {
 
 // ---- input ----
 
-// Neighbouring columns of one row: two, or four beside FP8 weights.
-template <bool kFp8>
-struct LaneValues {
-  float v[kLaneValues<kFp8>];
-};
-
 // Where a phase's input lies.
 struct LayerInput {
   const uint2* words;  // [t][k / 2]; null: plain rows
@@ -25,43 +19,76 @@ struct LayerInput {
   float epsilon;
 };
 
-// Loads in flight at a time: all turns of a single row, or all rows of a turn.
-template <bool kFp8, int kRows>
-inline constexpr int kInputBatch = kRows == 1 ? layer_max_turns(kFp8) : kRows;
+// A lane's neighbouring columns as they lie in memory: pairs of bfloat16.
+template <bool kFp8>
+struct LanePairs {
+  uint32_t pair[kLaneValues<kFp8> / 2];
+  __device__ float value(int j) const { return j % 2 == 0 ? bf16_low(pair[j / 2]) : bf16_high(pair[j / 2]); }
+};
 
-// This lane's values of item i of `count` from turn `turn` on: turn + i of the only row, or row i.
-template <bool kFp8, int kRows>
-__device__ __forceinline__ void gather_input(const LayerInput& in, const LayerConsumer& c, int turn, int count,
-                                             LaneValues<kFp8> (&values)[kInputBatch<kFp8, kRows>]) {
-  constexpr int kCount = kInputBatch<kFp8, kRows>;
-  const auto row = [&](int i) { return kRows == 1 ? 0 : i; };
-  const auto column = [&](int i) {
-    const int chunk = c.warp * in.turns + turn + (kRows == 1 ? i : 0);
-    return chunk * layer_chunk_values(kFp8) + static_cast<int>(threadIdx.x) % kWarp * kLaneValues<kFp8>;
-  };
+// This lane's first column of a chunk.
+template <bool kFp8>
+__device__ __forceinline__ int lane_column(int chunk) {
+  return chunk * layer_chunk_values(kFp8) + static_cast<int>(threadIdx.x) % kWarp * kLaneValues<kFp8>;
+}
+
+// Words at address(0 .. kCount - 1), of which the first kFirst are polled alone.
+template <bool kFp8, int kCount, int kFirst, typename Address>
+__device__ __forceinline__ void gather_words_of(unsigned launch, int count, Address&& address,
+                                                LanePairs<kFp8> (&pairs)[kCount]) {
+  if constexpr (kFp8) {
+    gather_pairs<kCount, kFirst>(launch, count, address, [&](int i, uint32_t first, uint32_t second) {
+      pairs[i] = {{first, second}};
+    });
+  } else {
+    gather_words<kCount, kFirst>(launch, count, address, [&](int i, uint32_t pair) { pairs[i] = {{pair}}; });
+  }
+}
+
+// This lane's pairs of the only row, of all turns.
+template <bool kFp8>
+__device__ __forceinline__ void gather_row(const LayerInput& in, const LayerConsumer& c,
+                                           LanePairs<kFp8> (&pairs)[layer_max_turns(kFp8)]) {
+  constexpr int kTurns = layer_max_turns(kFp8);
+  const auto column = [&](int i) { return lane_column<kFp8>(c.warp * in.turns + i); };
   if (in.words == nullptr) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i >= count) break;
-      const bf16* const from = in.rows + row(i) * in.row_stride + column(i);
+    for (int i = 0; i < kTurns; ++i) {
+      if (i >= in.turns) break;
+      const auto* const from = reinterpret_cast<const unsigned int*>(in.rows + column(i));
 #pragma unroll
-      for (int j = 0; j < kLaneValues<kFp8>; j += 2) {
-        const uint32_t pair = __ldcg(reinterpret_cast<const unsigned int*>(from + j));
-        values[i].v[j] = bf16_low(pair);
-        values[i].v[j + 1] = bf16_high(pair);
+      for (int j = 0; j < kLaneValues<kFp8> / 2; ++j) pairs[i].pair[j] = __ldcg(from + j);
+    }
+    return;
+  }
+  gather_words_of<kFp8, kTurns, kTurns>(
+      c.launch, in.turns, [&](int i) { return in.words + column(i) / 2; }, pairs);
+}
+
+// Of all rows, of one turn; rows that are not there repeat the last one, so that nothing branches and all loads are in
+// flight together. Many words are not polled together, as that would take the bandwidth of L2 from the weights: when the
+// first row's are there, the others of the same writers are, or nearly.
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void gather_rows(const LayerInput& in, const LayerConsumer& c, int turn,
+                                            LanePairs<kFp8> (&pairs)[kRows]) {
+  const int column = lane_column<kFp8>(c.warp * in.turns + turn);
+  const auto row = [&](int i) { return min(i, c.rows - 1); };
+  if (in.words == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bf16* const from = in.rows + row(i) * in.row_stride + column;
+      if constexpr (kFp8) {
+        const uint2 both = __ldcg(reinterpret_cast<const uint2*>(from));
+        pairs[i] = {{both.x, both.y}};
+      } else {
+        pairs[i] = {{__ldcg(reinterpret_cast<const unsigned int*>(from))}};
       }
     }
     return;
   }
-  const auto address = [&](int i) { return in.words + (static_cast<int64_t>(row(i)) * in.k + column(i)) / 2; };
-  if constexpr (kFp8) {
-    gather_pairs<kCount>(c.launch, count, address, [&](int i, uint32_t first, uint32_t second) {
-      values[i] = {{bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)}};
-    });
-  } else {
-    gather_words<kCount>(c.launch, count, address,
-                         [&](int i, uint32_t pair) { values[i] = {{bf16_low(pair), bf16_high(pair)}}; });
-  }
+  const uint2* const from = in.words + column / 2;
+  const int stride = in.k / 2;
+  gather_words_of<kFp8, kRows, 1>(c.launch, kRows, [&](int i) { return from + row(i) * stride; }, pairs);
 }
 
 // What the heads of a mixer's result are to be multiplied by; a lane has a quarter of item lane / 4's head.
@@ -77,18 +104,18 @@ class HeadNorms {
     word_ = load_word(from_);
   }
   __device__ void finish(const LayerInput& in, unsigned launch) {
-    if (in.squares == nullptr) return;
+    if (kRows == 1 && in.squares == nullptr) return;
     while (!__all_sync(~0u, from_ == nullptr || word_.y == launch)) {
       if (from_ != nullptr) word_ = load_word(from_);
     }
     float sum = __uint_as_float(word_.x);
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    factor_ = rsqrtf(sum * (1.0f / 128) + in.epsilon);
+    if (from_ != nullptr) factor_ = rsqrtf(sum * (1.0f / 128) + in.epsilon);
   }
   // The whole warp calls.
   __device__ float of(const LayerInput& in, int i) const {
-    return in.squares == nullptr ? 1.0f : __shfl_sync(~0u, factor_, i * 4);
+    return kRows == 1 && in.squares == nullptr ? 1.0f : __shfl_sync(~0u, factor_, i * 4);
   }
 
  private:
@@ -97,39 +124,17 @@ class HeadNorms {
   float factor_ = 1.0f;
 };
 
-// Calls take(turn, row, values, factor) for all of the warp's chunks of all rows of the step.
-template <bool kFp8, int kRows, typename Take>
-__device__ __forceinline__ void for_input(const LayerInput& in, const LayerConsumer& c, Take&& take) {
-  constexpr int kCount = kInputBatch<kFp8, kRows>;
-  const int count = kRows == 1 ? in.turns : c.rows;
-#pragma unroll
-  for (int turn = 0; turn < (kRows == 1 ? 1 : layer_max_turns(kFp8)); ++turn) {
-    if (turn >= in.turns) break;
-    HeadNorms<kFp8, kRows> heads;
-    heads.issue(in, c, turn, count);
-    LaneValues<kFp8> values[kCount];
-    gather_input<kFp8, kRows>(in, c, turn, count, values);
-    heads.finish(in, c.launch);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i >= count) break;
-      take(kRows == 1 ? i : turn, kRows == 1 ? 0 : i, values[i], heads.of(in, i));
-    }
-  }
-}
-
-// 1 + the norm's weights of this lane's columns.
-template <bool kFp8>
+// 1 + the norm's weights of this lane's columns of neighbouring chunks.
+template <bool kFp8, int kChunks>
 struct LaneNorm {
-  float v[layer_max_turns(kFp8)][kLaneValues<kFp8>];
-  __device__ void fetch(const float* weight, int first_chunk, int turns) {
+  float v[kChunks][kLaneValues<kFp8>];
+  __device__ void fetch(const float* weight, int first_chunk, int chunks) {
 #pragma unroll
-    for (int s = 0; s < layer_max_turns(kFp8); ++s) {
+    for (int s = 0; s < kChunks; ++s) {
 #pragma unroll
       for (int j = 0; j < kLaneValues<kFp8>; ++j) v[s][j] = 1.0f;
-      if (weight == nullptr || s >= turns) continue;
-      const float* const from =
-          weight + (first_chunk + s) * layer_chunk_values(kFp8) + threadIdx.x % kWarp * kLaneValues<kFp8>;
+      if (weight == nullptr || s >= chunks) continue;
+      const float* const from = weight + lane_column<kFp8>(first_chunk + s);
 #pragma unroll
       for (int j = 0; j < kLaneValues<kFp8>; ++j) v[s][j] = 1.0f + from[j];
     }
@@ -141,14 +146,69 @@ struct RowSquares {
   float v[kRows] = {};
   // The squares of this warp's columns to where all warps' are added.
   __device__ void publish(LayerConsumer& c) {
-#pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      if (t >= c.rows) break;
-      const float sum = warp_sum(v[t]);
-      if (threadIdx.x % kWarp == 0) c.shared.squares[t][c.warp] = sum;
-    }
+    const float sum = warp_sums(v);
+    if (is_lane_of_sum<kRows>()) c.shared.squares[sum_of_lane<kRows>()][c.warp] = sum;
   }
 };
+
+// Stages one row's values of a turn, and hands them to take(t, y).
+template <bool kFp8, int kRows, typename Take>
+__device__ __forceinline__ void stage_row(const LanePairs<kFp8>& x, const float (&norm)[kLaneValues<kFp8>],
+                                          float factor, int turn, int t, LayerConsumer& c, RowSquares<kRows>& squares,
+                                          Take&& take) {
+  float y[kLaneValues<kFp8>];
+#pragma unroll
+  for (int j = 0; j < kLaneValues<kFp8>; ++j) {
+    squares.v[t] += x.value(j) * x.value(j);
+    y[j] = x.value(j) * norm[j] * factor;
+  }
+  take(t, y);
+  stage_values<kFp8, kRows>(c.staged + turn * layer_staged_chunk(kFp8, kRows), t, y);
+}
+
+// Stages this warp's chunks of the input; what the norm divides by follows with the sums. take(turn, t, y) is called
+// for all values, prepare(turn) before they are waited for.
+template <bool kFp8, int kRows, bool kHeads, typename Prepare, typename Take>
+__device__ __forceinline__ void stage_input(const LayerInput& in, const float* norm_weight, LayerConsumer& c,
+                                            RowSquares<kRows>& squares, Prepare&& prepare, Take&& take) {
+  if constexpr (kRows == 1) {
+    constexpr int kTurns = layer_max_turns(kFp8);
+    LaneNorm<kFp8, kTurns> norm;
+    norm.fetch(norm_weight, c.warp * in.turns, in.turns);
+    prepare(0);
+    HeadNorms<kFp8, kRows> heads;
+    if constexpr (kHeads) heads.issue(in, c, 0, in.turns);
+    LanePairs<kFp8> pairs[kTurns];
+    gather_row<kFp8>(in, c, pairs);
+    if constexpr (kHeads) heads.finish(in, c.launch);
+#pragma unroll
+    for (int s = 0; s < kTurns; ++s) {
+      if (s >= in.turns) break;
+      const float factor = kHeads ? heads.of(in, s) : 1.0f;
+      stage_row<kFp8>(pairs[s], norm.v[s], factor, s, 0, c, squares,
+                      [&](int t, const float(&y)[kLaneValues<kFp8>]) { take(s, t, y); });
+    }
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < in.turns; ++s) {
+      LaneNorm<kFp8, 1> norm;
+      norm.fetch(norm_weight, c.warp * in.turns + s, 1);
+      prepare(s);
+      HeadNorms<kFp8, kRows> heads;
+      if constexpr (kHeads) heads.issue(in, c, s, c.rows);
+      LanePairs<kFp8> pairs[kRows];
+      gather_rows<kFp8, kRows>(in, c, s, pairs);
+      if constexpr (kHeads) heads.finish(in, c.launch);
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) {
+        const float factor = kHeads ? heads.of(in, t) : 1.0f;
+        stage_row<kFp8>(pairs[t], norm.v[0], factor, s, t, c, squares,
+                        [&](int row, const float(&y)[kLaneValues<kFp8>]) { take(0, row, y); });
+      }
+    }
+  }
+  __syncwarp();
+}
 
 // ---- y = W x ----
 
@@ -162,23 +222,6 @@ __device__ __forceinline__ int segment_of(const ProjectPhase& p, int tile) {
 __device__ __forceinline__ float project_scale(const ProjectPhase& p, int tile, int chunk) {
   const LayerSegment& s = p.segments[segment_of(p, tile)];
   return s.scale[(tile - s.first_tile) / (128 / kLayerTileRows) * (p.k >> 7) + chunk];
-}
-
-// Stages this warp's chunks of the input; what the norm divides by follows with the sums.
-template <bool kFp8, int kRows>
-__device__ __forceinline__ void stage_input(const ProjectPhase& p, const LaneNorm<kFp8>& norm, LayerConsumer& c,
-                                            RowSquares<kRows>& squares) {
-  const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
-  for_input<kFp8, kRows>(in, c, [&](int s, int t, const LaneValues<kFp8>& x, float factor) {
-    float y[kLaneValues<kFp8>];
-#pragma unroll
-    for (int j = 0; j < kLaneValues<kFp8>; ++j) {
-      squares.v[t] += x.v[j] * x.v[j];
-      y[j] = x.v[j] * norm.v[s][j] * factor;
-    }
-    stage_values<kFp8, kRows>(c.staged + s * layer_staged_chunk(kFp8, kRows), t, y);
-  });
-  __syncwarp();
 }
 
 template <bool kFp8>
@@ -329,9 +372,9 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
     ProjectOutput<kRows> out;
     out.locate(p, c.rows, c.program.hidden, first);
     if (first == 0 && active) {
-      LaneNorm<kFp8> norm;
-      norm.fetch(p.norm_weight, c.warp * turns, turns);
-      stage_input<kFp8, kRows>(p, norm, c, squares);
+      const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
+      stage_input<kFp8, kRows, true>(
+          in, p.norm_weight, c, squares, [](int) {}, [](int, int, const float(&)[kLaneValues<kFp8>]) {});
       c.mark(1);
     }
     const int count = max(min(kBatch, own - first), 0);
@@ -358,13 +401,40 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
 
 // ---- router ----
 
+// Rows of the router that a block multiplies at a time.
+template <int kRows>
+inline constexpr int kRouterPass = kRows == 1 ? kLayerRouterRows : 2;
+
+// The rows' weights of this lane's columns: those of all turns, or of one.
+template <bool kFp8, int kRows>
+struct RouterWeights {
+  static constexpr int kTurns = kRows == 1 ? layer_max_turns(kFp8) : 1;
+  LanePairs<kFp8> v[kRouterPass<kRows>][kTurns] = {};
+
+  // first_row: of the block. turn: the first.
+  __device__ void fetch(const RouterPhase& p, int warp, int first_row, int turn) {
+    const int outputs = p.experts + (p.gate != nullptr);
+#pragma unroll
+    for (int r = 0; r < kRouterPass<kRows>; ++r) {
+      const int output = blockIdx.x + (first_row + r) * gridDim.x;
+      if (output >= outputs) break;
+      const bf16* const row = output < p.experts ? p.weight + static_cast<int64_t>(output) * p.k : p.gate;
+#pragma unroll
+      for (int s = 0; s < kTurns; ++s) {
+        if (s + turn >= p.turns) break;
+        const bf16* const from = row + lane_column<kFp8>(warp * p.turns + turn + s);
+#pragma unroll
+        for (int j = 0; j < kLaneValues<kFp8> / 2; ++j) v[r][s].pair[j] = reinterpret_cast<const uint32_t*>(from)[j];
+      }
+    }
+  }
+};
+
 // logits of rows blockIdx + i * gridDim: plain products, as a block has no more than a few rows. The row is staged for
 // gate and up as well.
 template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsumer& c) {
-  constexpr int kValues = kLaneValues<kFp8>;
-  constexpr int kChunk = layer_staged_chunk(kFp8, kRows);
-  const int lane = threadIdx.x % kWarp;
+  constexpr int kPass = kRouterPass<kRows>;
   const bool active = c.warp < p.warps;
   const int outputs = p.experts + (p.gate != nullptr);
   uint2* to = nullptr;  // this thread's logit
@@ -373,57 +443,30 @@ __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsum
     const int output = blockIdx.x + threadIdx.x / kRows * gridDim.x;
     if (t < c.rows && output < outputs) to = p.logits + t * (p.experts + 1) + output;
   }
-  uint32_t weights[kLayerRouterRows][layer_max_turns(kFp8)][kValues / 2] = {};
-  LaneNorm<kFp8> norm;
-  if (active) {
-    norm.fetch(p.norm_weight, c.warp * p.turns, p.turns);
-#pragma unroll
-    for (int r = 0; r < kLayerRouterRows; ++r) {
-      const int output = blockIdx.x + r * gridDim.x;
-      if (output >= outputs) break;
-      const bf16* const row = output < p.experts ? p.weight + static_cast<int64_t>(output) * p.k : p.gate;
-#pragma unroll
-      for (int s = 0; s < layer_max_turns(kFp8); ++s) {
-        if (s >= p.turns) break;
-        const bf16* const from = row + (c.warp * p.turns + s) * layer_chunk_values(kFp8) + lane * kValues;
-#pragma unroll
-        for (int j = 0; j < kValues / 2; ++j) weights[r][s][j] = reinterpret_cast<const uint32_t*>(from)[j];
-      }
-    }
-  }
   float* const parts = c.buffer();  // [row of the block][row of the step][warp]
-  RowSquares<kRows> squares;
-  float dots[kLayerRouterRows][kRows] = {};
-  if (active) {
-    const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, nullptr, p.epsilon};
-    for_input<kFp8, kRows>(in, c, [&](int s, int t, const LaneValues<kFp8>& x, float) {
-                             float y[kValues];
+#pragma unroll 1
+  for (int first_row = 0; first_row < kLayerRouterRows; first_row += kPass) {
+    if (first_row > 0 && blockIdx.x + first_row * gridDim.x >= outputs) break;
+    RouterWeights<kFp8, kRows> weights;
+    RowSquares<kRows> squares;
+    float dots[kPass * kRows] = {};
+    if (active) {
+      const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, nullptr, p.epsilon};
+      stage_input<kFp8, kRows, false>(
+          in, p.norm_weight, c, squares, [&](int turn) { weights.fetch(p, c.warp, first_row, turn); },
+          [&](int s, int t, const float(&y)[kLaneValues<kFp8>]) {
 #pragma unroll
-                             for (int j = 0; j < kValues; ++j) {
-                               squares.v[t] += x.v[j] * x.v[j];
-                               y[j] = x.v[j] * norm.v[s][j];
-                             }
+            for (int r = 0; r < kPass; ++r) {
 #pragma unroll
-                             for (int r = 0; r < kLayerRouterRows; ++r) {
-#pragma unroll
-                               for (int j = 0; j < kValues / 2; ++j) {
-                                 dots[r][t] += y[2 * j] * bf16_low(weights[r][s][j]);
-                                 dots[r][t] += y[2 * j + 1] * bf16_high(weights[r][s][j]);
-                               }
-                             }
-                             stage_values<kFp8, kRows>(c.staged + s * kChunk, t, y);
-                           });
-    c.mark(1);
-  }
-  squares.publish(c);
-#pragma unroll
-  for (int r = 0; r < kLayerRouterRows; ++r) {
-    if (blockIdx.x + r * gridDim.x >= outputs) break;
-#pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      if (t >= c.rows) break;
-      const float sum = warp_sum(dots[r][t]);
-      if (lane == 0) parts[(r * kRows + t) * kLayerPartialStride + c.warp] = sum;
+              for (int j = 0; j < kLaneValues<kFp8>; ++j) dots[r * kRows + t] += y[j] * weights.v[r][s].value(j);
+            }
+          });
+      c.mark(1);
+    }
+    squares.publish(c);
+    const float sum = warp_sums(dots);
+    if (is_lane_of_sum<kPass * kRows>()) {
+      parts[(first_row * kRows + sum_of_lane<kPass * kRows>()) * kLayerPartialStride + c.warp] = sum;
     }
   }
   c.mark(2);
