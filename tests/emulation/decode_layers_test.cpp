@@ -397,7 +397,7 @@ class Multiprocessors {
   void launch(cuda::LayerProgramWriter& writer, uint64_t seed) {
     const cuda::LayerProgram& program = writer.finish();
     const int columns = cuda::layer_columns(program.rows);
-    const emulation::Grid grid = {blocks_, cuda::kLayerThreads, writer.shared_bytes(), seed};
+    const emulation::Grid grid = {blocks_, cuda::layer_threads(columns), writer.shared_bytes(), seed};
     const std::string failure = emulation::run(grid, [&] {
       writer.fp8() ? run_experts<true>(writer.experts(), columns, program)
                    : run_experts<false>(writer.experts(), columns, program);

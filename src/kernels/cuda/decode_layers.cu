@@ -18,7 +18,7 @@ Status launch_layers(LayerProgramWriter& writer, const Launch& launch) {
   const int columns = layer_columns(program.rows);
   const Status status = launch_kernel(
       "decode_layers", launch, writer.fp8() ? layers_kernel_fp8(columns, writer.experts()) : layers_kernel_bf16(columns, writer.experts()),
-      dim3(static_cast<unsigned>(multiprocessors())), kLayerThreads, writer.shared_bytes(), 1, program);
+      dim3(static_cast<unsigned>(multiprocessors())), layer_threads(columns), writer.shared_bytes(), 1, program);
   writer.clear();
   return status;
 }

@@ -20,9 +20,8 @@ struct LayerRouting {
   int ids[kRoutingPairsMax];       // [t][i] at t * top_k + i
   float weights[kDecodeTokens * (kDecodeTopK + 1)];  // [t][place]; the last place is the shared expert's
   int expert[kRoutingPairsMax + 1];  // of an entry
-  int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
-  int first_pair[kRoutingPairsMax];
-  unsigned firsts[kRoutingPairsMax / kWarp];
+  alignas(4) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
+  unsigned firsts[kDecodeTokens];  // of a row: bits of the choices that no row before has made
   alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
   uint2 candidates[kDecodeTokens][kWarp];   // {key, id}
 };

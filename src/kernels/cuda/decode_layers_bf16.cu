@@ -6,7 +6,7 @@ namespace tokenspeed::kernels::cuda {
 namespace {
 
 template <int kRows, int kKeys>
-__global__ void __launch_bounds__(kLayerThreads, 1) kernel(const __grid_constant__ LayerProgram program) {
+__global__ void __launch_bounds__(layer_threads(kRows), 1) kernel(const __grid_constant__ LayerProgram program) {
   run_layers<false, kRows, kKeys>(program);
 }
 

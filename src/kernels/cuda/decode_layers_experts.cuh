@@ -164,38 +164,64 @@ __device__ __forceinline__ void list_one_row(const GateUpPhase& p, LayerRouting&
   __syncwarp();
 }
 
-// The same for several rows; all consumers call.
-__device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int rows) {
+// The warps that choose experts meet.
+template <int kRows>
+__device__ __forceinline__ void choosers_barrier() {
+  if constexpr (kRows > 1) named_barrier(2, layer_choosers(kRows) * kWarp);
+}
+
+// The same for several rows, by all choosing warps; warp and lane have one choice of a row each.
+template <int kRows>
+__device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int rows, int chooser) {
+  constexpr int kChoosers = layer_choosers(kRows);
+  const int lane = threadIdx.x % kWarp;
   const int first = p.shared.width > 0;
-  const int pairs = rows * p.top_k;
-  const int pair = threadIdx.x;
-  for (int i = threadIdx.x; i < (kRoutingPairsMax + 1) * kDecodeTokens; i += kLayerConsumers) {
-    routing.place[i / kDecodeTokens][i % kDecodeTokens] =
-        i / kDecodeTokens == 0 && first != 0 ? static_cast<int8_t>(p.top_k) : static_cast<int8_t>(-1);
+  const bool chosen = lane < p.top_k;
+  // Of every chosen expert the first row that chose it, and its place there: row * 32 + place.
+  int* const first_choice = reinterpret_cast<int*>(routing.candidates);
+  static_assert(sizeof(routing.candidates) >= kDecodeExperts * sizeof(int), "candidates are used up");
+  choosers_barrier<kRows>();
+#pragma unroll 1
+  for (int t = chooser; t < rows; t += kChoosers) {
+    if (chosen) first_choice[routing.ids[t * p.top_k + lane]] = kDecodeTokens * kWarp;
   }
-  bool is_first = false;
-  if (pair < kRoutingPairsMax) {
-    int same = 0;
-    while (pair < pairs && routing.ids[same] != routing.ids[pair]) ++same;
-    is_first = pair < pairs && same == pair;
-    routing.first_pair[pair] = same;
+  uint32_t* const places = reinterpret_cast<uint32_t*>(routing.place);
+  constexpr int kEntryWords = kDecodeTokens / 4;
+#pragma unroll 1
+  for (int i = chooser * kWarp + lane; i < (first + rows * p.top_k) * kEntryWords; i += kChoosers * kWarp) {
+    places[i] = i < first * kEntryWords ? p.top_k * 0x01010101u : ~0u;
+  }
+  choosers_barrier<kRows>();
+#pragma unroll 1
+  for (int t = chooser; t < rows; t += kChoosers) {
+    if (chosen) atomicMin(first_choice + routing.ids[t * p.top_k + lane], t * kWarp + lane);
+  }
+  choosers_barrier<kRows>();
+#pragma unroll 1
+  for (int t = chooser; t < kDecodeTokens; t += kChoosers) {
+    const bool is_first =
+        t < rows && chosen && first_choice[routing.ids[t * p.top_k + lane]] == t * kWarp + lane;
     const unsigned firsts = __ballot_sync(~0u, is_first);
-    if (pair % kWarp == 0) routing.firsts[pair / kWarp] = firsts;
+    if (lane == 0) routing.firsts[t] = firsts;
   }
-  consumer_barrier();
-  if (pair < pairs) {
-    const int of = routing.first_pair[pair];
-    int entry = first + __popc(routing.firsts[of / kWarp] & ((1u << of % kWarp) - 1));
-    for (int i = 0; i < of / kWarp; ++i) entry += __popc(routing.firsts[i]);
-    if (is_first) routing.expert[entry] = routing.ids[pair];
-    routing.place[entry][pair / p.top_k] = static_cast<int8_t>(pair % p.top_k);
+  choosers_barrier<kRows>();
+#pragma unroll 1
+  for (int t = chooser; t < rows; t += kChoosers) {
+    if (!chosen) continue;
+    const int id = routing.ids[t * p.top_k + lane];
+    const int choice = first_choice[id];
+    int entry = first + __popc(routing.firsts[choice / kWarp] & ((1u << choice % kWarp) - 1));
+#pragma unroll 1
+    for (int before = 0; before < choice / kWarp; ++before) entry += __popc(routing.firsts[before]);
+    if (choice == t * kWarp + lane) routing.expert[entry] = id;
+    routing.place[entry][t] = static_cast<int8_t>(lane);
   }
-  if (threadIdx.x == 0) {
+  if (chooser == 0) {
     int entries = first;
     for (const unsigned firsts : routing.firsts) entries += __popc(firsts);
-    routing.entries = entries;
+    if (lane == 0) routing.entries = entries;
   }
-  consumer_barrier();
+  choosers_barrier<kRows>();
 }
 
 // ---- gate and up ----
@@ -250,34 +276,35 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   store_word(p.h + (at >> 1), pack_bf16(h, odd), c.launch);
 }
 
-// The choices of several rows, by the consumers.
-template <int kKeys>
-__device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& c) {
-  if (c.warp < c.rows) choose_row<kKeys>(p, c.shared.routing, c.launch, c.warp, false, [] {});
-  consumer_barrier();
-  list_rows(p, c.shared.routing, c.rows);
-  if (threadIdx.x == 0) {
-    barrier_arrive(shared_address(&c.shared.routed));
-    barrier_arrive(shared_address(&c.shared.weighted));
-  }
-}
-
-// The choice of a single row, by a warp of its own: a few hundred instructions that nobody else executes, so that most
-// of their time would go into fetching them. It goes through them once before the logits are there.
-template <int kKeys>
-__device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
+// The choices, by warps of their own: a few hundred instructions that nobody else executes, so that most of their time
+// would go into fetching them. They go through them once before the logits are there.
+template <int kKeys, int kRows>
+__device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerShared& shared, unsigned launch, int rows,
+                                           int chooser) {
+  const bool arrives = chooser == 0 && threadIdx.x % kWarp == 0;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
-    choose_row<kKeys>(p, shared.routing, launch, 0, pass == 0, [&] {
-      list_one_row(p, shared.routing);
-      if (pass == 1 && threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.routed));
-    });
-    __syncwarp();
+    const bool rehearse = pass == 0;
+    if constexpr (kRows == 1) {
+      choose_row<kKeys>(p, shared.routing, launch, 0, rehearse, [&] {
+        list_one_row(p, shared.routing);
+        if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
+      });
+      __syncwarp();
+    } else {
+      const int some = rehearse ? min(rows, layer_choosers(kRows)) : rows;
+#pragma unroll 1
+      for (int t = chooser; t < some; t += layer_choosers(kRows)) {
+        choose_row<kKeys>(p, shared.routing, launch, t, rehearse, [] {});
+      }
+      list_rows<kRows>(p, shared.routing, some, chooser);
+      if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
+    }
   }
-  if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.weighted));
+  if (arrives) barrier_arrive(shared_address(&shared.weighted));
 }
 
-template <bool kFp8, int kRows, int kKeys>
+template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsumer& c) {
   constexpr int kBatch = layer_batch_tiles(kRows);
   const int lane = threadIdx.x % kWarp;
@@ -286,7 +313,6 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
   const int lane_tiles_mask = (kWarp >> log_turns) - 1;
   const bool active = c.warp < p.warps;
   const LayerRouting& routing = c.shared.routing;
-  if constexpr (kRows > 1) route_rows<kKeys>(p, c);
   c.mark(1);
   barrier_wait(shared_address(&c.shared.routed), c.routed_parity);
   c.routed_parity ^= 1;

@@ -1,5 +1,5 @@
-// The persistent kernel itself: one warp fetches the weights of all phases, one chooses experts,
-// sixteen compute phase after phase.
+// The persistent kernel itself: one warp fetches the weights of all phases, one or a few choose experts, sixteen compute
+// phase after phase.
 #pragma once
 
 #include <cstddef>
@@ -68,10 +68,11 @@ __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, uint32_t r
 
 __device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& producer) {
   const LayerRouting& routing = producer.shared.routing;
+  const int entries = routing.entries;
   const int entries_per_slot = kLayerWarps >> p.log_chunks;
   for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x) {
-    for (int entry = 0; entry < routing.entries; entry += entries_per_slot) {
-      const int count = min(entries_per_slot, routing.entries - entry);
+    for (int entry = 0; entry < entries; entry += entries_per_slot) {
+      const int count = min(entries_per_slot, entries - entry);
       producer.open((count << p.log_chunks) * kLayerTileChunk);
       for (int i = 0; i < count; ++i) {
         const bool shared = entry + i == 0 && p.shared.width > 0;
@@ -108,14 +109,14 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
   }
 }
 
-// ---- the warp that chooses experts ----
+// ---- the warps that choose experts ----
 
 __device__ __forceinline__ unsigned launch_number(const LayerProgram& program) {
   return load_word(reinterpret_cast<const uint2*>(program.counters)).x + 1;
 }
 
-template <int kKeys>
-__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared) {
+template <int kKeys, int kRows>
+__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared, int chooser) {
   wait_for_predecessor();
   const unsigned launch = launch_number(program);
 #pragma unroll 1
@@ -124,7 +125,7 @@ __device__ __forceinline__ void choose(const LayerProgram& program, LayerShared&
     if (phase.kind != LayerPhaseKind::kGateUp) continue;
     // Until the block works on the router's projection, the phase before; the choice before is used up by then.
     while (*reinterpret_cast<volatile int*>(&shared.phase) < i - 1) __nanosleep(100);
-    route_row<kKeys>(phase.gate_up, shared, launch);
+    route_rows<kKeys, kRows>(phase.gate_up, shared, launch, program.rows, chooser);
   }
 }
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
-template <bool kFp8, int kRows, int kKeys>
+template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume(LayerConsumer& c) {
   const LayerProgram& program = c.program;
   wait_for_predecessor();
@@ -164,7 +165,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
         consume_router<kFp8, kRows>(phase.router, c);
         break;
       case LayerPhaseKind::kGateUp:
-        consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
+        consume_gate_up<kFp8, kRows>(phase.gate_up, c);
         break;
       case LayerPhaseKind::kDown:
         consume_down<kFp8, kRows>(phase.down, c);
@@ -187,7 +188,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
 static_assert(offsetof(LayerShared, empty) == offsetof(LayerShared, full) + kLayerMaxSlots * 8, "LayerConsumer");
 static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so much for it");
 
-// A block of kLayerThreads. kKeys: experts of a lane in the router's choice.
+// A block of layer_threads(kRows). kKeys: experts of a lane in the router's choice.
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   uint8_t* const memory = dynamic_shared();
@@ -206,10 +207,10 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
     publish_barriers();
   }
   const int words = program.phase_count * static_cast<int>(sizeof(LayerPhase) / 4);
-  for (int i = thread; i < words; i += kLayerThreads) {
+  for (int i = thread; i < words; i += layer_threads(kRows)) {
     reinterpret_cast<uint32_t*>(shared.phases)[i] = reinterpret_cast<const uint32_t*>(program.phases)[i];
   }
-  for (int i = thread; i < program.map_count; i += kLayerThreads) prefetch_map(program.maps[i]);
+  for (int i = thread; i < program.map_count; i += layer_threads(kRows)) prefetch_map(program.maps[i]);
   if (program.batch.token_begin != nullptr) {
     if (thread <= program.batch.sequences) shared.token_begin[thread] = program.batch.token_begin[thread];
     if (thread < program.batch.sequences) {
@@ -224,7 +225,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
     return;
   }
   if (warp > kLayerWarps) {
-    if constexpr (kRows == 1) choose<kKeys>(program, shared);
+    choose<kKeys, kRows>(program, shared, warp - kLayerWarps - 1);
     return;
   }
   LayerConsumer c = {program,
@@ -236,7 +237,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
                      shared_address(memory) + warp * kLayerTileChunk,
                      staged + warp * program.staged_bytes,
                      reinterpret_cast<float*>(partial)};
-  consume<kFp8, kRows, kKeys>(c);
+  consume<kFp8, kRows>(c);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -27,9 +27,8 @@
 
 namespace tokenspeed::kernels::cuda {
 
-inline constexpr int kLayerWarps = 16;  // that compute; one more copies, another chooses experts
+inline constexpr int kLayerWarps = 16;  // that compute; one more copies, others choose experts
 inline constexpr int kLayerConsumers = kLayerWarps * 32;
-inline constexpr int kLayerThreads = kLayerConsumers + 2 * 32;
 inline constexpr int kLayerTileRows = 16;
 inline constexpr int kLayerChunkBytes = 128;
 inline constexpr int kLayerTileChunk = kLayerTileRows * kLayerChunkBytes;  // a warp's share of a slot
@@ -41,7 +40,13 @@ inline constexpr int kLayerMaxMaps = 48;
 inline constexpr int kLayerRouterRows = 4;      // rows of the router that one block takes, at most
 inline constexpr int kLayerPartialStride = 20;  // floats of a row's 16 part sums; 20 keeps vectors in different banks
 
-// The tile's part sums of one batch of tiles. columns: rows of the step, rounded up to 1, 2, 4 or 8.
+// columns, here and below: rows of the step, rounded up to 1, 2, 4 or 8.
+// Warps that choose experts; no more than there are registers for.
+__host__ __device__ constexpr int layer_choosers(int columns) { return columns == 1 ? 1 : columns == 2 ? 2 : 3; }
+__host__ __device__ constexpr int layer_threads(int columns) {
+  return kLayerConsumers + (1 + layer_choosers(columns)) * 32;
+}
+// The tile's part sums of one batch of tiles.
 __host__ __device__ constexpr int layer_batch_tiles(int columns) { return columns <= 2 ? 8 : columns == 4 ? 4 : 2; }
 __host__ __device__ constexpr int layer_tile_floats(int columns) {
   return kLayerTileRows * columns * kLayerPartialStride;
