@@ -17,7 +17,8 @@ Status launch_layers(LayerProgramWriter& writer, const Launch& launch) {
   const LayerProgram& program = writer.finish();
   const int columns = layer_columns(program.rows);
   const Status status = launch_kernel(
-      "decode_layers", launch, writer.fp8() ? layers_kernel_fp8(columns, writer.experts()) : layers_kernel_bf16(columns, writer.experts()),
+      "decode_layers", launch,
+      writer.fp8() ? layers_kernel_fp8(columns, writer.experts()) : layers_kernel_bf16(columns, writer.experts()),
       dim3(static_cast<unsigned>(multiprocessors())), layer_threads(columns), writer.shared_bytes(), 1, program);
   writer.clear();
   return status;

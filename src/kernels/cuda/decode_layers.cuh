@@ -20,8 +20,8 @@ struct LayerRouting {
   int ids[kRoutingPairsMax];       // [t][i] at t * top_k + i
   float weights[kDecodeTokens * (kDecodeTopK + 1)];  // [t][place]; the last place is the shared expert's
   int expert[kRoutingPairsMax + 1];  // of an entry
-  alignas(4) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
-  unsigned firsts[kDecodeTokens];  // of a row: bits of the choices that no row before has made
+  alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
+  unsigned firsts[kDecodeTokens];                       // of a row: bits of the choices that no row before has made
   alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
   uint2 candidates[kDecodeTokens][kWarp];   // {key, id}
 };
@@ -99,8 +99,9 @@ struct LayerConsumer {
 
 // ---- words ----
 
-// Loads `count` <= kCount pairs of words that other blocks write and hands their values on in order when all are there, the
-// first kFirst before the others are asked for. The whole warp calls, so that it leaves the loop as one; lanes that want nothing say so.
+// Loads `count` <= kCount pairs of words that other blocks write and hands their values on in order when all are there,
+// the first kFirst before the others are asked for. The whole warp calls, so that it leaves the loop as one; lanes that
+// want nothing say so.
 template <int kCount, int kFirst, typename Address, typename Take>
 __device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address&& address, Take&& take) {
   uint4 value[kCount];

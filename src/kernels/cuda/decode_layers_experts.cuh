@@ -185,11 +185,9 @@ __device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& ro
   for (int t = chooser; t < rows; t += kChoosers) {
     if (chosen) first_choice[routing.ids[t * p.top_k + lane]] = kDecodeTokens * kWarp;
   }
-  uint32_t* const places = reinterpret_cast<uint32_t*>(routing.place);
-  constexpr int kEntryWords = kDecodeTokens / 4;
 #pragma unroll 1
-  for (int i = chooser * kWarp + lane; i < (first + rows * p.top_k) * kEntryWords; i += kChoosers * kWarp) {
-    places[i] = i < first * kEntryWords ? p.top_k * 0x01010101u : ~0u;
+  for (int i = chooser * kWarp + lane; i < first + rows * p.top_k; i += kChoosers * kWarp) {
+    *reinterpret_cast<uint2*>(routing.place[i]) = {~0u, ~0u};
   }
   choosers_barrier<kRows>();
 #pragma unroll 1
@@ -199,14 +197,14 @@ __device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& ro
   choosers_barrier<kRows>();
 #pragma unroll 1
   for (int t = chooser; t < kDecodeTokens; t += kChoosers) {
-    const bool is_first =
-        t < rows && chosen && first_choice[routing.ids[t * p.top_k + lane]] == t * kWarp + lane;
+    const bool is_first = t < rows && chosen && first_choice[routing.ids[t * p.top_k + lane]] == t * kWarp + lane;
     const unsigned firsts = __ballot_sync(~0u, is_first);
     if (lane == 0) routing.firsts[t] = firsts;
   }
   choosers_barrier<kRows>();
 #pragma unroll 1
   for (int t = chooser; t < rows; t += kChoosers) {
+    if (lane == 0 && first != 0) routing.place[0][t] = static_cast<int8_t>(p.top_k);
     if (!chosen) continue;
     const int id = routing.ids[t * p.top_k + lane];
     const int choice = first_choice[id];
@@ -260,7 +258,7 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   const int t = threadIdx.x % kOutputs / kUnitRows;
   const int row = threadIdx.x % kUnitRows;
   const UnitPlace unit(p, blockIdx.x + (first + own) * gridDim.x);
-  const int place = own < count && t < c.rows ? c.shared.routing.place[unit.entry][t] : -1;
+  const int place = own < count ? c.shared.routing.place[unit.entry][t] : -1;
   float h = 0;
   if (place >= 0) {
     const float* const parts =
@@ -357,56 +355,115 @@ struct DownChunk {
   __device__ bool shared(const DownPhase& p) const { return entry == 0 && p.shared.width > 0; }
 };
 
+// A lane's values of h: {pair, flag, pair, flag}, of which bfloat16 chunks have the first half.
+template <bool kFp8>
+__device__ __forceinline__ uint4 load_h(const uint2* from) {
+  if constexpr (kFp8) return load_words2(from);
+  const uint2 word = load_word(from);
+  return {word.x, word.y, 0, word.y};
+}
 template <bool kFp8, int kRows>
-__device__ __forceinline__ void stage_down(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
+__device__ __forceinline__ void stage_h(const uint4& value, uint8_t* chunk, int t) {
+  const LanePairs<kFp8> pairs = [&]() -> LanePairs<kFp8> {
+    if constexpr (kFp8) return {{value.x, value.z}};
+    return {{value.x}};
+  }();
+  float v[kLaneValues<kFp8>];
+#pragma unroll
+  for (int j = 0; j < kLaneValues<kFp8>; ++j) v[j] = pairs.value(j);
+  stage_values<kFp8, kRows>(chunk, t, v);
+}
+
+// Which of its choices an entry is for the rows of the step, a byte each; -1: none.
+struct EntryPlaces {
+  uint2 bytes = {~0u, ~0u};
+
+  __device__ int of(int t) const { return static_cast<int8_t>((t < 4 ? bytes.x : bytes.y) >> (t % 4 * 8)); }
+  // The first row that chose the entry, or -1.
+  __device__ int first_row() const {
+    const int low = __ffs(static_cast<int>(~bytes.x & 0x80808080u));
+    const int high = __ffs(static_cast<int>(~bytes.y & 0x80808080u));
+    return low != 0 ? (low - 1) / 8 : high != 0 ? 4 + (high - 1) / 8 : -1;
+  }
+};
+
+// Stages the chunks that this warp multiplies with `slots` slots, of a step of one row.
+template <bool kFp8>
+__device__ __forceinline__ void stage_down_row(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
+  constexpr int kSlots = layer_down_slots(1);
+  const int lane = threadIdx.x % kWarp;
+  const uint2* from[kSlots];  // null: no expert
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const DownChunk at(p, first_slot + i, c.warp);
+    const int place = at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0);
+    const int column = (at.chunk * kWarp + lane) * kLaneValues<kFp8>;
+    from[i] = i >= slots || at.entry >= c.shared.routing.entries ? nullptr : p.h + ((place * p.k + column) >> 1);
+  }
+  uint4 value[kSlots] = {};
+  bool complete;
+  do {
+    complete = true;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (from[i] != nullptr) value[i] = load_h<kFp8>(from[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i)
+      complete &= from[i] == nullptr || (value[i].y == c.launch && value[i].w == c.launch);
+  } while (!__all_sync(~0u, complete));
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    stage_h<kFp8, 1>(value[i], c.staged + i * layer_staged_chunk(kFp8, 1), 0);
+  }
+  __syncwarp();
+}
+
+// The same of several rows; of each slot those rows that chose the expert, as the results of the others are not looked
+// at.
+template <bool kFp8, int kRows>
+__device__ __forceinline__ void stage_down_rows(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
   constexpr int kSlots = layer_down_slots(kRows);
   constexpr int kCount = kSlots * kRows;  // slot i / kRows, row i % kRows
   const LayerRouting& routing = c.shared.routing;
   const int lane = threadIdx.x % kWarp;
-  const auto place_of = [&](int i) -> int {
-    const DownChunk at(p, first_slot + i / kRows, c.warp);
-    if (i / kRows >= slots || i % kRows >= c.rows || at.entry >= routing.entries) return -1;
-    if constexpr (kRows == 1) return at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0);
-    return routing.place[at.entry][i % kRows];
-  };
-  const uint2* from[kCount];  // null: the row did not choose the expert
+  EntryPlaces places[kSlots];
+  int column[kSlots];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int place = place_of(i);
-    const int column =
-        (DownChunk(p, first_slot + i / kRows, c.warp).chunk * kWarp + lane) * kLaneValues<kFp8>;
-    from[i] = place < 0 ? nullptr : p.h + (((i % kRows * (p.top_k + 1) + place) * p.k + column) >> 1);
+  for (int i = 0; i < kSlots; ++i) {
+    const DownChunk at(p, first_slot + i, c.warp);
+    column[i] = (at.chunk * kWarp + lane) * kLaneValues<kFp8>;
+    if (i < slots && at.entry < routing.entries) {
+      places[i].bytes = *reinterpret_cast<const uint2*>(routing.place[at.entry]);
+    }
   }
-  uint4 value[kCount] = {};
+  const auto address = [&](int slot, int t, int place) {
+    return p.h + (((t * (p.top_k + 1) + place) * p.k + column[slot]) >> 1);
+  };
+  // One row's words first: polled together they would take the bandwidth of L2 from the weights.
+  const int first_row = places[0].first_row();
+  uint4 first = {};
+  do {
+    if (first_row >= 0) first = load_h<kFp8>(address(0, first_row, places[0].of(first_row)));
+  } while (!__all_sync(~0u, first_row < 0 || (first.y == c.launch && first.w == c.launch)));
+  uint4 value[kCount];
   bool complete;
   do {
     complete = true;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (from[i] == nullptr) continue;
-      if constexpr (kFp8) {
-        value[i] = load_words2(from[i]);
-      } else {
-        const uint2 word = load_word(from[i]);
-        value[i] = {word.x, word.y, 0, word.y};
-      }
+      const int place = places[i / kRows].of(i % kRows);
+      if (place >= 0) value[i] = load_h<kFp8>(address(i / kRows, i % kRows, place));
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      complete &= from[i] == nullptr || (value[i].y == c.launch && value[i].w == c.launch);
+      complete &= places[i / kRows].of(i % kRows) < 0 || (value[i].y == c.launch && value[i].w == c.launch);
     }
   } while (!__all_sync(~0u, complete));
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    // Rows that did not choose the expert meet it as zeros.
-    float v[kLaneValues<kFp8>];
-    if constexpr (kFp8) {
-      v[0] = bf16_low(value[i].x), v[1] = bf16_high(value[i].x);
-      v[2] = bf16_low(value[i].z), v[3] = bf16_high(value[i].z);
-    } else {
-      v[0] = bf16_low(value[i].x), v[1] = bf16_high(value[i].x);
-    }
-    stage_values<kFp8, kRows>(c.staged + i / kRows * layer_staged_chunk(kFp8, kRows), i % kRows, v);
+    if (places[i / kRows].of(i % kRows) < 0) continue;
+    stage_h<kFp8, kRows>(value[i], c.staged + i / kRows * layer_staged_chunk(kFp8, kRows), i % kRows);
   }
   __syncwarp();
 }
@@ -431,7 +488,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = lane % 4 * 2 + i;
-    if (t >= kRows || t >= c.rows) break;
+    if (t >= kRows) break;
     const int place = kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0))
                                  : routing.place[at.entry][t];
     if (place < 0) continue;
@@ -489,7 +546,11 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
 #pragma unroll 1
     for (int first = 0; first < slots; first += kSlots) {
       const int count = min(kSlots, slots - first);
-      stage_down<kFp8, kRows>(p, c, first, count);
+      if constexpr (kRows == 1) {
+        stage_down_row<kFp8>(p, c, first, count);
+      } else {
+        stage_down_rows<kFp8, kRows>(p, c, first, count);
+      }
       c.mark(1);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {

@@ -1,5 +1,5 @@
-// The persistent kernel itself: one warp fetches the weights of all phases, one or a few choose experts, sixteen compute
-// phase after phase.
+// The persistent kernel itself: one warp fetches the weights of all phases, one or a few choose experts, sixteen
+// compute phase after phase.
 #pragma once
 
 #include <cstddef>

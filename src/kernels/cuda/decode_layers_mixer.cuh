@@ -112,8 +112,9 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     const int t = item - kMixerItems;
     const int64_t at = (static_cast<int64_t>(begin + t) * p.value_heads + task.head) / 2;
     float gate[2] = {};
-    gather_words<2, 2>(c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
-                    [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
+    gather_words<2, 2>(
+        c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
+        [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
     if (t >= tokens) return;
     const float a = gate[1] + ahead.dt_bias;
     const float softplus = a > 20.0f ? a : __logf(1.0f + __expf(a));
@@ -235,9 +236,10 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     // The gates of the warp's two rows, of token `lane`.
     const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
     uint32_t z = 0;
-    gather_words<1, 1>(c.launch, lane < tokens,
-                       [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
-                       [&](int, uint32_t pair) { z = pair; });
+    gather_words<1, 1>(
+        c.launch, lane < tokens,
+        [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
+        [&](int, uint32_t pair) { z = pair; });
     c.mark(1);
     consumer_barrier();
     c.mark(2);
@@ -256,8 +258,7 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
     if (lane < tokens) {
       store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
-                 pack_bf16(o * ahead.norm.x * silu(bf16_low(z)), second * ahead.norm.y * silu(bf16_high(z))),
-                 c.launch);
+                 pack_bf16(o * ahead.norm.x * silu(bf16_low(z)), second * ahead.norm.y * silu(bf16_high(z))), c.launch);
       c.shared.mixer_squares[lane][warp] = o * o + second * second;
     }
     c.mark(3);

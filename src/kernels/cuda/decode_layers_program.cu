@@ -32,6 +32,8 @@ Cut cut_rows(int64_t k, bool fp8) {
   return {0, 0};
 }
 int tiles_of(int64_t rows) { return static_cast<int>((rows + kLayerTileRows - 1) / kLayerTileRows); }
+// Plain rows are read four elements at a time.
+bool readable(const Rows& rows) { return rows.stride % 4 == 0; }
 const __nv_bfloat16* elements(const Rows& rows) { return static_cast<const __nv_bfloat16*>(rows.data); }
 
 }  // namespace
@@ -76,7 +78,7 @@ bool LayerProgramWriter::residual(const Rows& x, int64_t hidden) {
 
 bool LayerProgramWriter::input_of_norm(const Rows& x, const uint2** words, const __nv_bfloat16** rows,
                                        int64_t* stride) {
-  if (!residual(x, program_.hidden)) return false;
+  if (!readable(x) || !residual(x, program_.hidden)) return false;
   *words = x_words_;
   *rows = elements(x);
   *stride = x.stride;
@@ -340,7 +342,7 @@ size_t LayerProgramWriter::take_projection(const DecodeLinear& op) {
   ProjectPhase p;
   if (!project(op, false, &p)) return 0;
   if (accumulates) {
-    if (!residual(op.segments[0].y, hidden)) return 0;
+    if (!readable(op.x) || !residual(op.segments[0].y, hidden)) return 0;
     p.rows = elements(op.x);
     p.row_stride = op.x.stride;
     p.accumulate = true;

@@ -66,8 +66,8 @@ __device__ __forceinline__ void gather_row(const LayerInput& in, const LayerCons
 }
 
 // Of all rows, of one turn; rows that are not there repeat the last one, so that nothing branches and all loads are in
-// flight together. Many words are not polled together, as that would take the bandwidth of L2 from the weights: when the
-// first row's are there, the others of the same writers are, or nearly.
+// flight together. Many words are not polled together, as that would take the bandwidth of L2 from the weights: when
+// the first row's are there, the others of the same writers are, or nearly.
 template <bool kFp8, int kRows>
 __device__ __forceinline__ void gather_rows(const LayerInput& in, const LayerConsumer& c, int turn,
                                             LanePairs<kFp8> (&pairs)[kRows]) {
@@ -88,7 +88,8 @@ __device__ __forceinline__ void gather_rows(const LayerInput& in, const LayerCon
   }
   const uint2* const from = in.words + column / 2;
   const int stride = in.k / 2;
-  gather_words_of<kFp8, kRows, 1>(c.launch, kRows, [&](int i) { return from + row(i) * stride; }, pairs);
+  gather_words_of<kFp8, kRows, 1>(
+      c.launch, kRows, [&](int i) { return from + row(i) * stride; }, pairs);
 }
 
 // What the heads of a mixer's result are to be multiplied by; a lane has a quarter of item lane / 4's head.
