@@ -88,7 +88,16 @@ struct LayerShape {
   bool shared = true;
   bool normalize = true;
   int64_t logit_levels = 1000;
+  bool merged = false;  // qkv and z, b and a are columns of one projection's result
 };
+
+// Rows of a matrix from `first` on, which begins a block of 128.
+Matrix rows_of_matrix(Matrix m, int64_t first, int64_t count) {
+  m.data = static_cast<const std::byte*>(m.data) + first * m.k * static_cast<int64_t>(dtype_size(m.dtype));
+  if (m.scale != nullptr) m.scale += first / 128 * ((m.k + 127) / 128);
+  m.n = count;
+  return m;
+}
 
 // Sequences of new tokens; a sequence without a context starts from the zero state.
 struct Sequences {
@@ -149,10 +158,8 @@ struct Layer {
         dt_bias(random->floats(s.value_heads, 0.5f)),
         head_norm(random->floats(128, 0.5f)),
         router(parallel_rows(random, s.experts, s.hidden, std::min(s.experts, s.logit_levels))),
-        w_qkv(random, s.fp8, gdn.channels(), s.hidden),
-        w_z(random, s.fp8, values, s.hidden),
-        w_b(random, false, s.value_heads, s.hidden),
-        w_a(random, false, s.value_heads, s.hidden),
+        w_qkvz(random, s.fp8, gdn.channels() + values, s.hidden),
+        w_ba(random, false, 2 * s.value_heads, s.hidden),
         w_out(random, s.fp8, s.hidden, values),
         w_gate(random, false, 1, s.hidden),
         w_up(random, s.fp8, 2 * s.width, s.hidden, s.experts),
@@ -185,7 +192,11 @@ struct Layer {
   const int64_t values, state_bytes, slot;
   const std::vector<float> norm, conv, a_log, dt_bias, head_norm;
   const std::vector<BFloat16> router;
-  const Weights w_qkv, w_z, w_b, w_a, w_out, w_gate, w_up, w_down, w_shared_up, w_shared_down;
+  Matrix w_qkv() const { return rows_of_matrix(w_qkvz.matrix(), 0, gdn.channels()); }
+  Matrix w_z() const { return rows_of_matrix(w_qkvz.matrix(), gdn.channels(), values); }
+  Matrix w_b() const { return rows_of_matrix(w_ba.matrix(), 0, s.value_heads); }
+  Matrix w_a() const { return rows_of_matrix(w_ba.matrix(), s.value_heads, s.value_heads); }
+  const Weights w_qkvz, w_ba, w_out, w_gate, w_up, w_down, w_shared_up, w_shared_down;
 };
 
 // ---- the references ----
@@ -208,10 +219,10 @@ void mix(const Layer& layer, const SequenceBatch& batch, const GdnState& state, 
   std::vector<BFloat16> b = sized(kGateStride), a = sized(kGateStride);
   const Rows x = rows_of(memory->x, layer.s.hidden);
   const float* const norm = layer.norm.data();
-  project(x, rows, layer.w_qkv.matrix(), rows_of(qkv, layer.gdn.channels()), norm);
-  project(x, rows, layer.w_z.matrix(), rows_of(z, layer.values), norm);
-  project(x, rows, layer.w_b.matrix(), rows_of(b, kGateStride), norm);
-  project(x, rows, layer.w_a.matrix(), rows_of(a, kGateStride), norm);
+  project(x, rows, layer.w_qkv(), rows_of(qkv, layer.gdn.channels()), norm);
+  project(x, rows, layer.w_z(), rows_of(z, layer.values), norm);
+  project(x, rows, layer.w_b(), rows_of(b, kGateStride), norm);
+  project(x, rows, layer.w_a(), rows_of(a, kGateStride), norm);
   const int64_t bytes = gdn_mixer_workspace_bytes(layer.gdn, rows);
   std::vector<std::byte> workspace(static_cast<size_t>(bytes));
   reference::gdn_mixer({layer.gdn, batch, state, rows_of(qkv, layer.gdn.channels()), rows_of(z, layer.values),
@@ -277,8 +288,13 @@ bool run_reference(const Layer& layer, const Sequences& sequences, Memory* memor
 
 // Rows that the kernel does not write: it needs their addresses alone.
 Rows unwritten(const char* name, DType dtype = DType::kBFloat16) {
-  static std::map<std::string, std::byte> places;
-  return {&places[name], dtype, 64};
+  constexpr int64_t kColumns = 16384;
+  static std::map<std::string, std::vector<float>> places;
+  places[name].resize(kColumns);
+  return {places[name].data(), dtype, kColumns};
+}
+Rows columns_from(const Rows& rows, int64_t first) {
+  return {static_cast<BFloat16*>(rows.data) + first, rows.dtype, rows.stride};
 }
 
 // Which rows of x the ops are about: [first, first + count).
@@ -294,17 +310,24 @@ using Ops = std::vector<cuda::DecodePhase>;
 void add_mixer(const Layer& layer, const SequenceBatch& batch, const Range& range, const GdnState& state,
                Memory* memory, Ops* ops) {
   const Rows x = x_of(layer, range, memory);
-  cuda::DecodeLinear in = {.rows = range.count, .x = x, .norm_weight = layer.norm.data(), .segment_count = 4};
-  in.segments[0] = {layer.w_qkv.matrix(), unwritten("qkv")};
-  in.segments[1] = {layer.w_z.matrix(), unwritten("z")};
-  in.segments[2] = {layer.w_b.matrix(), unwritten("b")};
-  in.segments[3] = {layer.w_a.matrix(), unwritten("a")};
-  ops->push_back(in);
+  cuda::DecodeLinear in = {.rows = range.count, .x = x, .norm_weight = layer.norm.data()};
   GdnMixer mixer = {.shape = layer.gdn, .batch = batch, .state = state};
-  mixer.qkv = in.segments[0].y;
-  mixer.z = in.segments[1].y;
-  mixer.b = in.segments[2].y;
-  mixer.a = in.segments[3].y;
+  if (layer.s.merged) {
+    in.segment_count = 2;
+    in.segments[0] = {layer.w_qkvz.matrix(), unwritten("qkvz")};
+    in.segments[1] = {layer.w_ba.matrix(), unwritten("ba")};
+    mixer.qkv = in.segments[0].y;
+    mixer.z = columns_from(mixer.qkv, layer.gdn.channels());
+    mixer.b = in.segments[1].y;
+    mixer.a = columns_from(mixer.b, layer.s.value_heads);
+  } else {
+    in.segment_count = 4;
+    in.segments[0] = {layer.w_qkv(), mixer.qkv = unwritten("qkv")};
+    in.segments[1] = {layer.w_z(), mixer.z = unwritten("z")};
+    in.segments[2] = {layer.w_b(), mixer.b = unwritten("b")};
+    in.segments[3] = {layer.w_a(), mixer.a = unwritten("a")};
+  }
+  ops->push_back(in);
   mixer.conv_weight = layer.conv.data();
   mixer.a_log = layer.a_log.data();
   mixer.dt_bias = layer.dt_bias.data();
@@ -538,6 +561,23 @@ TEST(DecodeLayers, WithoutASharedExpert) {
   }
 }
 
+TEST(DecodeLayers, MergedProjections) {
+  Random random(fresh_seed());
+  for (const bool fp8 : {true, false}) {
+    LayerShape shape = {256, 2, 8, 12, 4, 128, fp8};
+    shape.merged = true;
+    check_layer(&random, {shape, 5, {1}, {4}});
+    check_layer(&random, {shape, 6, {2, 1}, {0, 3}});
+  }
+}
+
+// Rows of which every warp has two chunks, and two tiles of the residual stream for some blocks.
+TEST(DecodeLayers, WideRows) {
+  Random random(fresh_seed());
+  check_layer(&random, {{4096, 2, 8, 40, 10, 128, true}, 40, {1}, {5}});
+  check_layer(&random, {{4096, 2, 8, 12, 4, 128, true}, 40, {2}, {5}});
+}
+
 // More phases than one launch takes; more blocks than some phases have tiles.
 TEST(DecodeLayers, SeveralLayers) {
   Random random(fresh_seed());
@@ -555,8 +595,7 @@ void check_around_attention(Random* random, const LayerShape& shape, int64_t row
   std::vector<BFloat16> wide(static_cast<size_t>(rows * channels)), wide_expected(wide);
   Memory expected = start;
   bool certain = feed_forward(layer, rows, &expected);
-  project(x_of(layer, range, &expected), rows, layer.w_qkv.matrix(), rows_of(wide_expected, channels),
-          layer.norm.data());
+  project(x_of(layer, range, &expected), rows, layer.w_qkv(), rows_of(wide_expected, channels), layer.norm.data());
   project(rows_of(inner, layer.values), rows, layer.w_out.matrix(), x_of(layer, range, &expected), nullptr, true);
   certain &= feed_forward(layer, rows, &expected);
   if (!certain) return check_around_attention(random, shape, rows, blocks);
@@ -567,7 +606,7 @@ void check_around_attention(Random* random, const LayerShape& shape, int64_t row
   add_experts(layer, range, &got, &before);
   cuda::DecodeLinear in = {.rows = rows, .x = x_of(layer, range, &got), .norm_weight = layer.norm.data()};
   in.segment_count = 1;
-  in.segments[0] = {layer.w_qkv.matrix(), rows_of(wide, channels)};
+  in.segments[0] = {layer.w_qkv(), rows_of(wide, channels)};
   before.push_back(in);
   cuda::DecodeLinear out = {.rows = rows, .x = rows_of(inner, layer.values), .segment_count = 1};
   out.segments[0] = {layer.w_out.matrix(), x_of(layer, range, &got), true};

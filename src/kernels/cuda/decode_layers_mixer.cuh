@@ -110,10 +110,10 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     // Warp 9's lanes have a token each.
     static_assert(kMixerItems % kWarp == 0, "whole warps");
     const int t = item - kMixerItems;
-    const int64_t at = (static_cast<int64_t>(begin + t) * p.value_heads + task.head) / 2;
+    const int row = begin + t;
     float gate[2] = {};
     gather_words<2, 2>(
-        c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b : p.a) + at; },
+        c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b + row * p.b_stride : p.a + row * p.a_stride) + (task.head >> 1); },
         [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
     if (t >= tokens) return;
     const float a = gate[1] + ahead.dt_bias;
@@ -123,12 +123,12 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     return;
   }
   const int channel = task.channel(p, item);
-  const uint2* const from = p.qkv + (static_cast<int64_t>(begin) * mixer_channels(p) + channel) / 2;
+  const uint2* const from = p.qkv + begin * p.qkv_stride + (channel >> 1);
   float* const to = item < kMixerDim       ? &s.q[0][item]
                     : item < 2 * kMixerDim ? &s.k[0][item - kMixerDim]
                                            : &s.v[0][item - 2 * kMixerDim];
   const int stride = item < 2 * kMixerDim ? kMixerDim : kMixerRows;
-  const auto address = [&](int t) { return from + min(t, tokens - 1) * (mixer_channels(p) / 2); };
+  const auto address = [&](int t) { return from + min(t, tokens - 1) * p.qkv_stride; };
   const auto take = [&](int t, uint32_t pair) {
     const float u = half_of(pair, channel);
     const float4& w = ahead.weight;
@@ -238,7 +238,7 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     uint32_t z = 0;
     gather_words<1, 1>(
         c.launch, lane < tokens,
-        [&](int) { return p.z + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at; },
+        [&](int) { return p.z + (begin + lane) * p.z_stride + pair_at; },
         [&](int, uint32_t pair) { z = pair; });
     c.mark(1);
     consumer_barrier();
@@ -273,6 +273,8 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     *reinterpret_cast<float4*>(to) = ahead.state[0];
     *reinterpret_cast<float4*>(to + 256) = ahead.state[1];
   }
+  // Without a task nothing else keeps this block's warps from the part sums of the projection before.
+  if (blockIdx.x >= tasks) consumer_barrier();
   c.mark(4);
   ++c.batch;
 }
@@ -299,7 +301,7 @@ __device__ __forceinline__ void store_tails(const MixerPhase& p, const LayerCons
 #pragma unroll
     for (int j = 0; j < kMixerTaps - 1; ++j) {
       const int t = tokens - (kMixerTaps - 1) + j;
-      tail[j] = t >= 0      ? load_word(p.qkv + static_cast<int64_t>(begin + t) * pairs + pair).x
+      tail[j] = t >= 0      ? load_word(p.qkv + (begin + t) * p.qkv_stride + pair).x
                 : slot >= 0 ? __ldcg(old + (kMixerTaps - 1 + t) * pairs)
                             : 0;
     }

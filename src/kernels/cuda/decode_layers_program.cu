@@ -36,6 +36,23 @@ int tiles_of(int64_t rows) { return static_cast<int>((rows + kLayerTileRows - 1)
 bool readable(const Rows& rows) { return rows.stride % 4 == 0; }
 const __nv_bfloat16* elements(const Rows& rows) { return static_cast<const __nv_bfloat16*>(rows.data); }
 
+// Where a projection leaves the words of an array that is all of one of its results, or some columns of one.
+struct Columns {
+  const uint2* words = nullptr;
+  int stride = 0;
+};
+Columns columns_of(const DecodeLinear& op, const ProjectPhase& phase, const Rows& array) {
+  for (int i = 0; i < op.segment_count; ++i) {
+    const Rows& y = op.segments[i].y;
+    const auto* const begin = static_cast<const __nv_bfloat16*>(y.data);
+    const auto* const at = static_cast<const __nv_bfloat16*>(array.data);
+    if (at < begin || at >= begin + op.segments[i].weight.n || array.stride != y.stride) continue;
+    if (op.segments[i].accumulate || (at - begin) % 2 != 0) return {};
+    return {phase.segments[i].words + (at - begin) / 2, phase.segments[i].stride};
+  }
+  return {};
+}
+
 }  // namespace
 
 void LayerProgramWriter::clear() {
@@ -183,21 +200,20 @@ size_t LayerProgramWriter::take_mixer(std::span<const DecodePhase> ops) {
       !std::has_single_bit(static_cast<uint64_t>(shape.value_heads / shape.key_heads))) {
     return 0;
   }
-  if (mixer->state.conv_dtype != DType::kBFloat16 || in->segment_count != 4 || out->segment_count != 1) return 0;
+  if (mixer->state.conv_dtype != DType::kBFloat16 || out->segment_count != 1) return 0;
   if (in->norm_weight == nullptr || in->normed.data != nullptr || out->norm_weight != nullptr) return 0;
   if (!out->segments[0].accumulate || out->x.data != mixer->out.data) return 0;
-  const Rows read[] = {mixer->qkv, mixer->z, mixer->b, mixer->a};
-  for (int i = 0; i < 4; ++i) {
-    if (in->segments[i].y.data != read[i].data || in->segments[i].accumulate) return 0;
-  }
   if (mixer->batch.tokens != in->rows || mixer->batch.sequences > kDecodeTokens || out->rows != in->rows) return 0;
   if (program_.batch.token_begin != nullptr && program_.batch.token_begin != mixer->batch.token_begin) return 0;
-  if (!begin(in->rows, is_fp8(out->segments[0].weight), in->segments[0].weight.k, 3, 5)) return 0;
+  if (!begin(in->rows, is_fp8(out->segments[0].weight), in->segments[0].weight.k, 3, in->segment_count + 1)) return 0;
 
   ProjectPhase first, last;
   if (!project(*in, true, &first) || !project(*out, false, &last)) return 0;
   if (!input_of_norm(in->x, &first.words, &first.rows, &first.row_stride)) return 0;
   if (!residual(out->segments[0].y, out->segments[0].weight.n) || last.k != shape.value_heads * 128) return 0;
+  const Columns qkv = columns_of(*in, first, mixer->qkv), z = columns_of(*in, first, mixer->z),
+                b = columns_of(*in, first, mixer->b), a = columns_of(*in, first, mixer->a);
+  if (qkv.words == nullptr || z.words == nullptr || b.words == nullptr || a.words == nullptr) return 0;
   const int64_t value_words = shape.value_heads * 64;
   uint2* const o = words(value_words);
   uint2* const squares = words(shape.value_heads * 4);
@@ -214,10 +230,14 @@ size_t LayerProgramWriter::take_mixer(std::span<const DecodePhase> ops) {
   add(LayerPhaseKind::kMixer).mixer = {mixer->state.recurrent,
                                        mixer->state.conv,
                                        mixer->state.slot_stride,
-                                       first.segments[0].words,
-                                       first.segments[1].words,
-                                       first.segments[2].words,
-                                       first.segments[3].words,
+                                       qkv.words,
+                                       z.words,
+                                       b.words,
+                                       a.words,
+                                       qkv.stride,
+                                       z.stride,
+                                       b.stride,
+                                       a.stride,
                                        mixer->conv_weight,
                                        mixer->a_log,
                                        mixer->dt_bias,

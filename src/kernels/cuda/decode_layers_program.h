@@ -102,10 +102,14 @@ struct MixerPhase {
   std::byte* recurrent;
   std::byte* conv;
   int64_t slot_stride;
-  const uint2* qkv;  // [t][channels / 2]
-  const uint2* z;    // [t][value_heads * 64]
-  const uint2* b;    // [t][value_heads / 2]
+  const uint2* qkv;  // of row 0
+  const uint2* z;
+  const uint2* b;
   const uint2* a;
+  int qkv_stride;  // words of a row
+  int z_stride;
+  int b_stride;
+  int a_stride;
   const float* conv_weight;
   const float* a_log;
   const float* dt_bias;
