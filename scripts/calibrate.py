@@ -62,6 +62,14 @@ def gap(runs):
     return max(0.0, gaps[len(gaps) // 2]) if gaps else 0.0
 
 
+def share(run):
+    """What its operations take alone, scaled to what the step takes: a step of few tokens runs them as phases of a few
+    launches, in less time than one launch for each, and what each phase takes there is not seen."""
+    alone = sum(row["us"] for row in run["operations"])
+    scale = min(1.0, run["step_us"] / alone) if run["regime"] == "few" else 1.0
+    return run | {"operations": [row | {"us": row["us"] * scale} for row in run["operations"]]}
+
+
 def read(paths):
     runs = []
     for path in paths:
@@ -70,7 +78,7 @@ def read(paths):
                 if line.startswith("{"):
                     run = json.loads(line)
                     if run.get("bench") == "ops" and "preset" in run:
-                        runs.append(run)
+                        runs.append(share(run))
     return runs
 
 

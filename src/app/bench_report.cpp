@@ -23,6 +23,7 @@ compile::CompileOptions compile_options(const model::LoadedModel& model, const B
   compile::CompileOptions options;
   options.rank = flags.model.rank;
   if (flags.model.dtype == "float32") options.weights = options.activation = options.kv = DType::kFloat32;
+  if (flags.model.kv_cache_dtype == "fp8") options.kv = DType::kFloat8E4M3;
   if (uses_fp8(model, flags)) options.weights = DType::kFloat8E4M3;
   return options;
 }

@@ -157,8 +157,10 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch);
 // DecodeDown::y), the states and the results of projections that an op of another launch reads are written; the other
 // arrays between them keep what they held.
 // workspace: kDecodeLayersWorkspaceBytes, zeroed once before the first use, not shared by streams that overlap.
-// Launch: a block of 576 threads with all of its shared memory on every multiprocessor. Other kernels on the GPU delay
-// it but must end without it.
+// Normalised rows meet their weights before they are divided by their norm: elements of x * (1 + norm weight) beyond
+// 500,000 become infinite.
+// Launch: a block of 576 to 640 threads with all of its shared memory on every multiprocessor. Other kernels on the GPU
+// delay it but must end without it.
 using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
 inline constexpr int64_t kDecodeLayersWorkspaceBytes = 16 << 20;
 Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch);

@@ -27,9 +27,15 @@ Status copy_share(const CudaProgram& program, const CudaRank& rank, const CudaSt
   const int64_t element = static_cast<int64_t>(dtype_size(from.dtype));
   const int64_t width = std::min(input.columns, output.columns);
   const int64_t rows = output.rows == compile::RowSymbol::kTokens ? step.batch.tokens : step.wanted_count;
-  return cuda_check(cudaMemcpy2DAsync(to.data, to.stride * element, from.data, from.stride * element, width * element,
-                                      rows, cudaMemcpyDeviceToDevice, rank.streams[op.stream]),
-                    "copying");
+  // Of a gather every share is this rank's: what is left in the arena there could be read as a NaN.
+  for (int64_t at = 0; at + width <= output.columns; at += width) {
+    TS_RETURN_IF_ERROR(
+        cuda_check(cudaMemcpy2DAsync(static_cast<std::byte*>(to.data) + at * element, to.stride * element, from.data,
+                                     from.stride * element, width * element, rows, cudaMemcpyDeviceToDevice,
+                                     rank.streams[op.stream]),
+                   "copying"));
+  }
+  return {};
 }
 
 Status execute(const CudaProgram& program, const CudaRank& rank, const CudaStep& step, const Operation& op) {
