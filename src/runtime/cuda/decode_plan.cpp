@@ -454,7 +454,7 @@ Status DecodePlan::run_layers(const Context& context, const LaunchObserver& obse
     if (alone) TS_RETURN_IF_ERROR(flush());
     parts.insert(parts.end(), call.parts.begin(), call.parts.end());
     if (phase) {
-      phases.push_back(std::move(*phase));
+      phases.push_back(*phase);
       if (alone) TS_RETURN_IF_ERROR(flush());
       continue;
     }
