@@ -219,10 +219,11 @@ __device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 
 template <int kRows>
 __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer& c) {
   static_assert(sizeof(MixerStaged) <= layer_batch_tiles(kRows) * layer_tile_floats(kRows) * 4, "part sums' buffer");
-  MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer());
+  MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer<kRows>());
   const int lane = threadIdx.x % kWarp;
   const int warp = c.warp;
   const int tasks = c.program.batch.sequences * p.value_heads * kMixerParts;
+  c.begin_batch<kRows>();
 #pragma unroll 1
   for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
     const MixerTask task(p, index);
@@ -276,7 +277,7 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
   // Without a task nothing else keeps this block's warps from the part sums of the projection before.
   if (blockIdx.x >= tasks) consumer_barrier();
   c.mark(4);
-  ++c.batch;
+  c.end_batch<kRows>();
 }
 
 // The last three inputs of every channel, to the conv state. All blocks must have read the tails before, which the
