@@ -324,8 +324,8 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
   if constexpr (kRows > 1) {
     if (c.warp < kRows) route_rows<kKeys, kRows>(p, c);
   }
-  barrier_wait(shared_address(&c.shared.routed), c.routed_parity);
-  c.routed_parity ^= 1;
+  barrier_wait(shared_address(&c.shared.routed), c.parity(LayerConsumer::kRouted));
+  c.at.parity ^= LayerConsumer::kRouted;
   const int tiles = routing.entries << p.log_tiles;
   const int all = tiles_of_block(tiles);
   float2 scales = {1.0f, 1.0f};
@@ -452,8 +452,9 @@ __device__ __forceinline__ void stage_down_rows(const DownPhase& p, LayerConsume
   const auto address = [&](int slot, int t, int place) {
     return p.h + (((t * (p.top_k + 1) + place) * p.k + column[slot]) >> 1);
   };
-  // One row's words first: polled together they would take the bandwidth of L2 from the weights.
-  const int first_row = places[0].first_row();
+  // One row's words first: polled together they would take the bandwidth of L2 from the weights. After the first slot's
+  // those of others are there, or nearly.
+  const int first_row = first_slot == 0 ? places[0].first_row() : -1;
   uint4 first = {};
   do {
     if (first_row >= 0) first = load_h<kFp8>(address(0, first_row, places[0].of(first_row)));
@@ -552,7 +553,7 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
   const int slots = ((routing.entries << p.log_chunks) + kLayerWarps - 1) / kLayerWarps;
   const bool has_shared = p.shared.width > 0;
   // Several rows' weights are known when gate and up are.
-  if constexpr (kRows == 1) barrier_wait(shared_address(&c.shared.weighted), c.routed_parity ^ 1);
+  if constexpr (kRows == 1) barrier_wait(shared_address(&c.shared.weighted), c.parity(LayerConsumer::kRouted) ^ 1);
   int tile_number = 0;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x, ++tile_number) {

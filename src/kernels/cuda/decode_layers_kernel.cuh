@@ -185,6 +185,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
   }
 }
 
+static_assert(offsetof(LayerShared, full) == 0, "LayerConsumer");
 static_assert(offsetof(LayerShared, empty) == offsetof(LayerShared, full) + kLayerMaxSlots * 8, "LayerConsumer");
 static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so much for it");
 

@@ -373,13 +373,15 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
       }
     }
     ProjectOutput<kRows> out;
-    out.locate(p, c.rows, c.program.hidden, first);
+    if constexpr (kRows == 1) out.locate(p, c.rows, c.program.hidden, first);
     if (first == 0 && active) {
       const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
       stage_input<kFp8, kRows, true>(
           in, p.norm_weight, c, squares, [](int) {}, [](int, int, const float(&)[kLaneValues<kFp8>]) {});
       c.mark(1);
     }
+    // Later than a single row's, as the rows' loads take all registers.
+    if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first);
     const int count = max(min(kBatch, own - first), 0);
     float* const parts = c.buffer<kRows>();
     stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first & lane_tiles_mask) << log_turns,
