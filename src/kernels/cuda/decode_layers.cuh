@@ -1,7 +1,7 @@
 // Common parts of the persistent kernel (decode_layers_program.h says what it executes): shared memory, the ring of
 // weights, words between blocks, and the product of a chunk.
 //
-//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, one buffer or two | LayerShared |
+//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, once or twice | LayerShared |
 #pragma once
 
 #include <cstddef>

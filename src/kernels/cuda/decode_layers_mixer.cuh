@@ -62,27 +62,34 @@ struct MixerStaged {
   MixerProducts products[kDecodeTokens];
 };
 
-// What a thread knows of a sequence before the projections: its state values, and its channel's tail as it is loaded, so
-// that nothing waits for the loads.
-struct MixerBefore {
-  float4 state[2] = {};
-  uint32_t tail[kMixerTaps - 1] = {};  // bfloat16
+// The last inputs of a thread's channel as they are loaded, so that nothing waits for the loads. They are needed first,
+// and known before the projections.
+struct MixerTail {
+  uint32_t v[kMixerTaps - 1] = {};  // bfloat16
 
   __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task) {
     const int slot = shared.state_in[task.sequence];
     *this = {};
-    if (slot < 0) return;
-    const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset();
-    state[0] = __ldcg(reinterpret_cast<const float4*>(from));
-    state[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
-    if (threadIdx.x >= kMixerItems) return;
-    const unsigned short* const tails =
+    if (slot < 0 || threadIdx.x >= kMixerItems) return;
+    const unsigned short* const from =
         reinterpret_cast<const unsigned short*>(p.conv + slot * p.slot_stride) + task.channel(p, threadIdx.x);
 #pragma unroll
-    for (int j = 0; j < kMixerTaps - 1; ++j) tail[j] = __ldcg(tails + j * mixer_channels(p));
+    for (int j = 0; j < kMixerTaps - 1; ++j) v[j] = __ldcg(from + j * mixer_channels(p));
   }
 };
-// What it knows of the layer.
+// A thread's state values.
+struct MixerState {
+  float4 v[2] = {};
+
+  __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task) {
+    const int slot = shared.state_in[task.sequence];
+    if (slot < 0) return;
+    const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset();
+    v[0] = __ldcg(reinterpret_cast<const float4*>(from));
+    v[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
+  }
+};
+// What a thread knows of the layer.
 struct MixerWeights {
   float4 conv = {};
   float a_log = 0;
@@ -104,8 +111,9 @@ __device__ __forceinline__ float half_of(uint32_t pair, int index) {
 
 // The channels' convolutions and the head's gates, for all tokens of the sequence.
 template <int kRows>
-__device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerConsumer& c, const MixerBefore& before,
-                                               const MixerWeights& weights, const MixerTask& task, int begin, int tokens, MixerStaged& s) {
+__device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerConsumer& c, const MixerTail& last,
+                                               const MixerWeights& weights, const MixerTask& task, int begin, int tokens,
+                                               MixerStaged& s) {
   const int item = threadIdx.x;
   if (c.warp >= kMixerItems / kWarp) {
     // Warp 9's lanes have a token each.
@@ -133,7 +141,7 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
   const auto address = [&](int t) { return from + min(t, tokens - 1) * p.qkv_stride; };
   float tail[kMixerTaps - 1];
 #pragma unroll
-  for (int j = 0; j < kMixerTaps - 1; ++j) tail[j] = bf16_low(before.tail[j]);
+  for (int j = 0; j < kMixerTaps - 1; ++j) tail[j] = bf16_low(last.v[j]);
   const auto take = [&](int t, uint32_t pair) {
     const float u = half_of(pair, channel);
     const float4& w = weights.conv;
@@ -223,7 +231,7 @@ __device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 
 
 template <int kRows>
 __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, const MixerTask& task,
-                                         MixerBefore& before) {
+                                         const MixerTail& tail) {
   static_assert(sizeof(MixerStaged) <= layer_batch_tiles(kRows) * layer_tile_floats(kRows) * 4, "part sums' buffer");
   MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer<kRows>());
   const int lane = threadIdx.x % kWarp;
@@ -232,35 +240,41 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
   // Known to the compiler to be the warp's.
   const int tokens = __shfl_sync(~0u, c.shared.token_begin[task.sequence + 1] - begin, 0);
   if (tokens == 0) return;
+  MixerState state;
+  state.fetch(p, c.shared, task);
   MixerWeights weights;
   weights.fetch(p, task);
-  mixer_convolve<kRows>(p, c, before, weights, task, begin, tokens, s);
-  // The gates of the warp's two rows, of token `lane`.
+  // The gates of the warp's two rows, of token `lane`; asked for first, as they are there in all tasks but a block's
+  // first one.
   const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
-  uint32_t z = 0;
-  gather_words<1, 1>(
-      c.launch, lane < tokens,
-      [&](int) { return p.z + (begin + lane) * p.z_stride + pair_at; },
-      [&](int, uint32_t pair) { z = pair; });
+  const uint2* const gates = p.z + (begin + lane) * p.z_stride + pair_at;
+  uint2 z = {0, c.launch};
+  if (lane < tokens) z = load_word(gates);
+  mixer_convolve<kRows>(p, c, tail, weights, task, begin, tokens, s);
+  while (!__all_sync(~0u, z.y == c.launch)) {
+    if (lane < tokens) z = load_word(gates);
+  }
   c.mark(1);
   consumer_barrier();
   c.mark(2);
   float o = 0;  // of the lane's token, one of the warp's rows in each half
   if (kRows == 1 || tokens == 1) {
-    o = mixer_rule<true>(s, 0, before.state);
+    o = mixer_rule<true>(s, 0, state.v);
   } else {
     if (warp < tokens) prepare_products(s, warp);
     consumer_barrier();
 #pragma unroll 1
     for (int t = 0; t < tokens; ++t) {
-      const float made = mixer_rule<false>(s, t, before.state);
+      const float made = mixer_rule<false>(s, t, state.v);
       if (lane % kMixerLanes == t) o = made;
     }
   }
   const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
   if (lane < tokens) {
     store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
-               pack_bf16(o * weights.norm.x * silu(bf16_low(z)), second * weights.norm.y * silu(bf16_high(z))), c.launch);
+               pack_bf16(o * weights.norm.x * silu(bf16_low(z.x)),
+                         second * weights.norm.y * silu(bf16_high(z.x))),
+               c.launch);
     c.shared.mixer_squares[lane][warp] = o * o + second * second;
   }
   c.mark(3);
@@ -272,8 +286,8 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
                __float_as_uint(sum), c.launch);
   }
   std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
-  *reinterpret_cast<float4*>(to) = before.state[0];
-  *reinterpret_cast<float4*>(to + 256) = before.state[1];
+  *reinterpret_cast<float4*>(to) = state.v[0];
+  *reinterpret_cast<float4*>(to + 256) = state.v[1];
 }
 
 template <int kRows>
@@ -284,19 +298,19 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
 #pragma unroll 1
     for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
       const MixerTask task(p, index);
-      MixerBefore before;
-      before.fetch(p, c.shared, task);
-      mix_task<kRows>(p, c, task, before);
+      MixerTail tail;
+      tail.fetch(p, c.shared, task);
+      mix_task<kRows>(p, c, task, tail);
     }
   } else {
     // With several sequences a block has several tasks: a round fetches for the next one, the first does nothing else.
     const int blocks = static_cast<int>(gridDim.x);
-    MixerBefore next;
+    MixerTail next;
 #pragma unroll 1
     for (int index = static_cast<int>(blockIdx.x) - blocks; index < tasks; index += blocks) {
-      MixerBefore before = next;
+      const MixerTail tail = next;
       if (index + blocks < tasks) next.fetch(p, c.shared, MixerTask(p, index + blocks));
-      if (index >= 0) mix_task<kRows>(p, c, MixerTask(p, index), before);
+      if (index >= 0) mix_task<kRows>(p, c, MixerTask(p, index), tail);
     }
   }
   // Without a task nothing else keeps this block's warps from the part sums of the projection before.

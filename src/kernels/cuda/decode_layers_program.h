@@ -37,14 +37,14 @@ inline constexpr int kLayerMaxSlots = 6;
 inline constexpr int kLayerSegments = 4;
 inline constexpr int kLayerMaxPhases = 24;
 inline constexpr int kLayerMaxMaps = 48;
-inline constexpr int kLayerRouterRows = 4;      // rows of the router that one block takes, at most
+inline constexpr int kLayerRouterRows = 4;  // rows of the router that one block takes, at most
 
 // columns, here and below: rows of the step, rounded up to 1, 2, 4 or 8.
 // One row's experts are chosen by a warp of its own, several rows' by as many of the computing warps: those take the
 // registers of the warp that copies and of three beside it, as registers change hands between groups of four warps.
 __host__ __device__ constexpr int layer_threads(int columns) { return kLayerConsumers + (columns == 1 ? 2 : 4) * 32; }
-// Floats from an element's 16 part sums to the next one's; 20 keeps vectors in different banks. Of several rows there is
-// less room, and part_place() does.
+// Floats from an element's 16 part sums to the next one's; 20 keeps vectors in different banks. Of several rows there
+// is less room, and part_place() does.
 __host__ __device__ constexpr int layer_partial_stride(int columns) { return columns == 1 ? 20 : 16; }
 // Buffers of part sums: in turn, or the next batch waits until the sums of the last one are added.
 __host__ __device__ constexpr int layer_buffers(int columns) { return columns == 1 ? 2 : 1; }
