@@ -1,5 +1,5 @@
-// The persistent kernel itself: one warp fetches the weights of all phases, sixteen compute phase after phase, and one
-// may choose experts.
+// The persistent kernel itself: one warp fetches the weights of all phases, one or a few choose experts, sixteen
+// compute phase after phase.
 #pragma once
 
 #include <cstddef>
@@ -109,14 +109,14 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
   }
 }
 
+// ---- the warps that choose experts ----
+
 __device__ __forceinline__ unsigned launch_number(const LayerProgram& program) {
   return load_word(reinterpret_cast<const uint2*>(program.counters)).x + 1;
 }
 
-// ---- the warp that chooses a single row's experts ----
-
-template <int kKeys>
-__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared) {
+template <int kKeys, int kRows>
+__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared, int chooser) {
   wait_for_predecessor();
   const unsigned launch = launch_number(program);
 #pragma unroll 1
@@ -125,7 +125,7 @@ __device__ __forceinline__ void choose(const LayerProgram& program, LayerShared&
     if (phase.kind != LayerPhaseKind::kGateUp) continue;
     // Until the block works on the router's projection, the phase before; the choice before is used up by then.
     while (*reinterpret_cast<volatile int*>(&shared.phase) < i - 1) __nanosleep(100);
-    route_row<kKeys>(phase.gate_up, shared, launch);
+    route_rows<kKeys, kRows>(phase.gate_up, shared, launch, program.rows, chooser);
   }
 }
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
-template <bool kFp8, int kRows, int kKeys>
+template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume(LayerConsumer& c) {
   const LayerProgram& program = c.program;
   wait_for_predecessor();
@@ -165,7 +165,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
         consume_router<kFp8, kRows>(phase.router, c);
         break;
       case LayerPhaseKind::kGateUp:
-        consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
+        consume_gate_up<kFp8, kRows>(phase.gate_up, c);
         break;
       case LayerPhaseKind::kDown:
         consume_down<kFp8, kRows>(phase.down, c);
@@ -185,13 +185,8 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
   }
 }
 
-static_assert(offsetof(LayerShared, full) == 0, "LayerConsumer");
 static_assert(offsetof(LayerShared, empty) == offsetof(LayerShared, full) + kLayerMaxSlots * 8, "LayerConsumer");
 static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so much for it");
-
-// Where a step has several rows: of 4 x 4 warps and of 4 that were launched with 96 each.
-inline constexpr int kConsumerRegisters = 112;
-inline constexpr int kProducerRegisters = 32;
 
 // A block of layer_threads(kRows). kKeys: experts of a lane in the router's choice.
 template <bool kFp8, int kRows, int kKeys>
@@ -200,7 +195,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   const int thread = threadIdx.x;
   uint8_t* const staged = memory + program.slots * kLayerSlotBytes;
   uint8_t* const partial = staged + kLayerWarps * program.staged_bytes;
-  LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + layer_buffers(kRows) * program.partial_bytes);
+  LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + 2 * program.partial_bytes);
   if (thread == 0) {
     for (int i = 0; i < program.slots; ++i) {
       barrier_init(shared_address(&shared.full[i]), 1);
@@ -208,7 +203,6 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
     }
     barrier_init(shared_address(&shared.routed), 1);
     barrier_init(shared_address(&shared.weighted), 1);
-    barrier_init(shared_address(&shared.added), kLayerWarps * kWarpArrivals);
     shared.phase = -1;
     publish_barriers();
   }
@@ -226,19 +220,13 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, thread / kWarp, 0);  // so that the compiler knows that it is the warp's
-  if (kRows > 1 && warp >= kLayerWarps) give_registers<kProducerRegisters>();
   if (warp == kLayerWarps) {
     if (thread == kLayerConsumers) produce(program, shared, shared_address(memory));
     return;
   }
-  if constexpr (kRows == 1) {
-    if (warp > kLayerWarps) {
-      choose<kKeys>(program, shared);
-      return;
-    }
-  } else {
-    if (warp > kLayerWarps) return;
-    take_registers<kConsumerRegisters>();
+  if (warp > kLayerWarps) {
+    choose<kKeys, kRows>(program, shared, warp - kLayerWarps - 1);
+    return;
   }
   LayerConsumer c = {program,
                      shared,
@@ -249,7 +237,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
                      shared_address(memory) + warp * kLayerTileChunk,
                      staged + warp * program.staged_bytes,
                      reinterpret_cast<float*>(partial)};
-  consume<kFp8, kRows, kKeys>(c);
+  consume<kFp8, kRows>(c);
 }
 
 }  // namespace tokenspeed::kernels::cuda

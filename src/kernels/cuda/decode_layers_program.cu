@@ -136,7 +136,7 @@ size_t LayerProgramWriter::buffer_bytes(int columns) const {
   const int floats = std::max(layer_batch_tiles(columns) * layer_tile_floats(columns),
                               kLayerTileRows * columns * down_stride_);
   return kLayerSharedReserve + size_t{kLayerWarps} * staged * layer_staged_chunk(fp8_, columns) +
-         layer_buffers(columns) * sizeof(float) * floats;
+         2 * sizeof(float) * floats;
 }
 // Whether the phases so far leave room for a ring, whatever the number of rows: a row's bits must not depend on it.
 bool LayerProgramWriter::fits() const {
@@ -402,8 +402,7 @@ const LayerProgram& LayerProgramWriter::finish() {
   const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns_) : 0);
   program_.staged_bytes = staged * layer_staged_chunk(fp8_, columns_);
   program_.partial_bytes =
-      static_cast<int>(buffer_bytes(columns_) - kLayerSharedReserve - kLayerWarps * program_.staged_bytes) /
-      layer_buffers(columns_);
+      static_cast<int>(buffer_bytes(columns_) - kLayerSharedReserve - kLayerWarps * program_.staged_bytes) / 2;
   program_.slots = static_cast<int>(
       std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - buffer_bytes(columns_)) / kLayerSlotBytes));
   return program_;
