@@ -25,10 +25,10 @@ if(TARGET kernels_cuda)
     target_link_libraries(${bench} PRIVATE kernels_cuda)
     target_include_directories(${bench} PRIVATE ${CMAKE_SOURCE_DIR})
   endforeach()
-endif()
-if(TARGET kernels_cuda)
-  add_executable(layer_clocks EXCLUDE_FROM_ALL bench/ops_bench.cu src/kernels/cuda/decode_layers.cu src/kernels/cuda/decode_layers_fp8.cu
-                 src/kernels/cuda/decode_layers_bf16.cu src/kernels/cuda/decode_layers_program.cu)
+  # ops_bench with clocks in the persistent kernel, which prints where a layer's time goes.
+  add_executable(layer_clocks EXCLUDE_FROM_ALL bench/ops_bench.cu src/kernels/cuda/decode_layers.cu
+                 src/kernels/cuda/decode_layers_fp8.cu src/kernels/cuda/decode_layers_bf16.cu
+                 src/kernels/cuda/decode_layers_program.cu)
   target_link_libraries(layer_clocks PRIVATE kernels_cuda)
   target_include_directories(layer_clocks PRIVATE ${CMAKE_SOURCE_DIR})
   target_compile_definitions(layer_clocks PRIVATE TOKENSPEED_LAYER_CLOCKS)

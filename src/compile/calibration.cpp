@@ -54,11 +54,11 @@ TokenRegime regime_of(int64_t tokens) {
 const Calibration kH200Calibration = {
     .rates = {{
         // fixed us, us per token, share of bandwidth, share of peak of: projection, mixer, attention, experts, elementwise
-        {{{us(0.66), us(0.374), 0.64, 1}, {us(1.52), us(0.161), 0.42, 1}, {us(3.87), us(0.034), 0.77, 1}, {us(4.39), us(1.232), 1, 1}, {us(6.03), us(0.746), 1, 1}}},  // few
-        {{{us(0.73), us(0), 0.32, 1}, {us(3.08), us(0), 0.81, 1}, {us(3.73), us(0), 0.76, 1}, {us(0.73), us(0), 0.86, 1}, {us(8.67), us(0.222), 0.06, 1}}},  // some
-        {{{us(5.04), us(0), 0.93, 0.41}, {us(18.81), us(0), 0.14, 1}, {us(7.41), us(0), 0.31, 0.62}, {us(2.62), us(0), 0.61, 0.26}, {us(2.62), us(0), 0.76, 1}}},  // many
+        {{{us(0.00), us(0.639), 0.94, 1}, {us(0.00), us(0.032), 0.39, 1}, {us(1.30), us(0.182), 0.97, 1}, {us(0.82), us(1.27), 1, 1}, {us(8.06), us(0.806), 0.04, 1}}},  // few
+        {{{us(0.37), us(0), 0.32, 1}, {us(3.11), us(0), 0.82, 1}, {us(2.33), us(0), 0.5, 1}, {us(0.37), us(0), 0.83, 1}, {us(8.11), us(0.256), 0.06, 1}}},  // some
+        {{{us(2.56), us(0), 0.37, 0.41}, {us(2.56), us(0), 0.13, 1}, {us(7.32), us(0), 0.31, 0.62}, {us(2.56), us(0), 0.61, 0.26}, {us(2.56), us(0), 0.76, 1}}},  // many
     }},
-    .step_seconds = {us(12), us(31), us(12)},
+    .step_seconds = {us(9), us(32), us(11)},
 };
 // clang-format on
 
