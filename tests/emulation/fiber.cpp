@@ -36,8 +36,9 @@ tokenspeed_switch_stack:
 namespace tokenspeed::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 4096;
+constexpr size_t kGuardEvery = 32;  // stacks: a process may have 65,530 mappings, and every guard splits one
 constexpr size_t kSavedRegisters = 6;
 
 }  // namespace
@@ -56,7 +57,7 @@ void Stacks::reserve(size_t count) {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<std::byte*>(memory);
   count_ = count;
-  for (size_t i = 0; i < count; ++i) mprotect(memory_ + i * kStackBytes, kGuardBytes, PROT_NONE);
+  for (size_t i = 0; i < count; i += kGuardEvery) mprotect(memory_ + i * kStackBytes, kGuardBytes, PROT_NONE);
 }
 
 void* Stacks::start(size_t index, void (*entry)()) const {

@@ -9,7 +9,7 @@
 namespace tokenspeed::kernels {
 namespace {
 
-// Two computations that round to bfloat16 in different places; each is held to the references by tests of its own
+// Two computations that round to bfloat16 in different places, each within half of this of the references
 // (few_token_test.cpp, emulation/decode_layers_test.cpp).
 constexpr double kTailTolerance = 6e-3;
 constexpr double kStateTolerance = 6e-3;

@@ -9,7 +9,7 @@ namespace tokenspeed::emulation {
 // Saves the registers a call must keep on the current stack, whose pointer goes to *from, and continues on `to`.
 extern "C" void tokenspeed_switch_stack(void** from, void* to);
 
-// Stacks of equal size in one mapping, each with a page below it that may not be touched.
+// Stacks of equal size in one mapping, every 32nd with a page below it that may not be touched.
 class Stacks {
  public:
   Stacks() = default;
