@@ -17,13 +17,13 @@ inline constexpr int kRoutingPairsMax = kDecodeTokens * kDecodeTopK;
 // The router's choice. Entries are the experts that the step must read: the shared one first, then the distinct ones.
 struct LayerRouting {
   int entries;
-  int ids[kRoutingPairsMax];       // [t][i] at t * top_k + i
-  float weights[kDecodeTokens * (kDecodeTopK + 1)];  // [t][place]; the last place is the shared expert's
-  int expert[kRoutingPairsMax + 1];  // of an entry
+  int ids[kRoutingPairsMax];                                     // [t][i] at t * top_k + i
+  float weights[kDecodeTokens * (kDecodeTopK + 1)];              // [t][place]; the last place is the shared expert's
+  int expert[kRoutingPairsMax + 1];                              // of an entry
   alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
   unsigned firsts[kDecodeTokens];                       // of a row: bits of the choices that no row before has made
   alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
-  uint2 candidates[kDecodeTokens][kWarp];   // {key, id}
+  uint2 candidates[kDecodeTokens][kWarp];               // {key, id}
 };
 
 struct LayerShared {
@@ -31,7 +31,7 @@ struct LayerShared {
   uint64_t empty[kLayerMaxSlots];
   uint64_t routed;    // the experts are chosen
   uint64_t weighted;  // and their weights are known
-  int phase;  // that the first consumer has begun
+  int phase;          // that the first consumer has begun
   int token_begin[kDecodeTokens + 1];
   int state_in[kDecodeTokens];
   int state_out[kDecodeTokens];
@@ -64,18 +64,18 @@ static __device__ long long layer_clocks[24 * 8 * 132];  // [phase][mark][block]
 struct LayerConsumer {
   const LayerProgram& program;
   LayerShared& shared;
-  int warp;           // known to the compiler to be the warp's
+  int warp;  // known to the compiler to be the warp's
   int rows;
   int slots;
-  uint32_t full;      // shared address of the ring's barriers, the empty ones behind them
-  uint32_t ring;      // shared address of this warp's chunk of the first slot
-  uint8_t* staged;   // this warp's
-  float* partial;    // two buffers
+  uint32_t full;    // shared address of the ring's barriers, the empty ones behind them
+  uint32_t ring;    // shared address of this warp's chunk of the first slot
+  uint8_t* staged;  // this warp's
+  float* partial;   // two buffers
   RingPosition at;
-  int batch = 0;        // batches of part sums so far: two buffers in turn
+  int batch = 0;  // batches of part sums so far: two buffers in turn
   uint32_t routed_parity = 0;
   unsigned launch = 0;
-  float residual = 0;   // x of this thread's (tile, row of the step, row of the tile)
+  float residual = 0;  // x of this thread's (tile, row of the step, row of the tile)
 
 #ifdef TOKENSPEED_LAYER_CLOCKS
   __device__ void mark(int what) const {
@@ -226,7 +226,8 @@ __device__ __forceinline__ ChunkWeights load_chunk(uint32_t chunk) {
 }
 
 // acc += scale * (a chunk's FP8 weights times float16 operands).
-__device__ __forceinline__ void multiply_fp8(float (&acc)[4], const ChunkWeights& w, const Operand<4>& b, float2 scale) {
+__device__ __forceinline__ void multiply_fp8(float (&acc)[4], const ChunkWeights& w, const Operand<4>& b,
+                                             float2 scale) {
   float sum[2][4] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -67,8 +67,8 @@ static __device__ __noinline__ void choose_slowly(RowKeys<kKeys> keys, int top_k
 // The ids of the row's top_k greatest logits, in order, and their keys; ties go to the lower id. At least top_k lanes'
 // greatest keys are as great as the top_k-th of these, so all that are chosen are, and few others.
 template <int kKeys>
-__device__ __forceinline__ void choose_ids(const RowKeys<kKeys>& keys, int top_k, uint32_t* greatest,
-                                           uint2* candidates, int* ids, uint32_t* chosen) {
+__device__ __forceinline__ void choose_ids(const RowKeys<kKeys>& keys, int top_k, uint32_t* greatest, uint2* candidates,
+                                           int* ids, uint32_t* chosen) {
   const int lane = threadIdx.x % kWarp;
   const uint32_t own = keys.greatest();
   greatest[lane] = own;
@@ -341,8 +341,8 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
 // ---- down ----
 //
 // A block owns tiles of 16 rows of the result. A slot holds chunks of 16 / chunks experts; warp w multiplies the w-th
-// chunk of each slot. A row of the step adds its own experts' parts, weighted, in the order of its choices, whatever the
-// others chose: part sums are [row of the step][row of the tile][place * chunks + chunk].
+// chunk of each slot. A row of the step adds its own experts' parts, weighted, in the order of its choices, whatever
+// the others chose: part sums are [row of the step][row of the tile][place * chunks + chunk].
 
 struct DownChunk {
   int entry;
@@ -489,8 +489,8 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
   for (int i = 0; i < 2; ++i) {
     const int t = lane % 4 * 2 + i;
     if (t >= kRows) break;
-    const int place = kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0))
-                                 : routing.place[at.entry][t];
+    const int place =
+        kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0)) : routing.place[at.entry][t];
     if (place < 0) continue;
     const float weight = routing.weights[t * (p.top_k + 1) + place];
     float* const to = c.buffer() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;

@@ -1,5 +1,9 @@
-// The persistent kernel itself: one warp fetches the weights of all phases, one or a few choose experts, sixteen
-// compute phase after phase.
+// The persistent kernel itself: one warp fetches the weights of all phases, one (up to three for several rows) chooses
+// experts, sixteen compute phase after phase. Formulas are those of the ops (decode.h, gated_delta_net.h).
+// Launch: one block per multiprocessor of 576 to 640 threads (layer_threads()) with up to 227 KiB of shared memory.
+// Bytes: every weight of the phases' layers once, of experts those that a row chose; the states once in and once out;
+// and between blocks, through L2, 8 bytes for every two activations: written once and read by every block that needs
+// them (x, a mixer's result and h by all: about 55 KB per row, layer and block for qwen3.5-35b-a3b).
 #pragma once
 
 #include <cstddef>
@@ -39,8 +43,7 @@ __device__ __forceinline__ void produce_project(const ProjectPhase& p, LayerProd
   }
 }
 
-__device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, uint32_t routed_parity,
-                                                LayerProducer& producer) {
+__device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, uint32_t routed_parity, LayerProducer& producer) {
   const LayerRouting& routing = producer.shared.routing;
   const int turns = p.turns;
   const int routed_map = p.routed.map;

@@ -1,11 +1,11 @@
-// The Gated DeltaNet mixer as a phase: convolution, l2norm, gates and rule. A task is 32 state rows of one value head of
-// one sequence; 16 lanes per row:
+// The Gated DeltaNet mixer as a phase: convolution, l2norm, gates and rule. A task is 32 state rows of one value head
+// of one sequence; 16 lanes per row:
 //
 //      state row (value dim):  | lane 0: k 0..3, 64..67 | lane 1: k 4..7, 68..71 | ... | lane 15 |
 //
-// The gated norm is over a head, whose rows lie on four blocks: they hand on o * weight * silu(z) and their sums of o^2,
-// and whoever reads the head divides (HeadNorms). The conv tails, which several blocks read, are written in the phase
-// after, when all of the mixer's results have been read.
+// The gated norm is over a head, whose rows lie on four blocks: they hand on o * weight * silu(z) and their sums of
+// o^2, and whoever reads the head divides (HeadNorms). The conv tails, which several blocks read, are written in the
+// phase after, when all of the mixer's results have been read.
 #pragma once
 
 #include "kernels/cuda/decode_layers.cuh"
@@ -113,7 +113,8 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     const int row = begin + t;
     float gate[2] = {};
     gather_words<2, 2>(
-        c.launch, t < tokens ? 2 : 0, [&](int i) { return (i == 0 ? p.b + row * p.b_stride : p.a + row * p.a_stride) + (task.head >> 1); },
+        c.launch, t < tokens ? 2 : 0,
+        [&](int i) { return (i == 0 ? p.b + row * p.b_stride : p.a + row * p.a_stride) + (task.head >> 1); },
         [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
     if (t >= tokens) return;
     const float a = gate[1] + ahead.dt_bias;
@@ -237,8 +238,7 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
     uint32_t z = 0;
     gather_words<1, 1>(
-        c.launch, lane < tokens,
-        [&](int) { return p.z + (begin + lane) * p.z_stride + pair_at; },
+        c.launch, lane < tokens, [&](int) { return p.z + (begin + lane) * p.z_stride + pair_at; },
         [&](int, uint32_t pair) { z = pair; });
     c.mark(1);
     consumer_barrier();
@@ -265,9 +265,9 @@ __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer
     consumer_barrier();
     if (threadIdx.x < tokens) {
       const float sum = add_parts(c.shared.mixer_squares[threadIdx.x]);
-      store_word(p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts +
-                     task.part,
-                 __float_as_uint(sum), c.launch);
+      store_word(
+          p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts + task.part,
+          __float_as_uint(sum), c.launch);
     }
     std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
     *reinterpret_cast<float4*>(to) = ahead.state[0];

@@ -1,8 +1,7 @@
-#include "kernels/cuda/decode_layers_program.h"
-
 #include <algorithm>
 #include <bit>
 
+#include "kernels/cuda/decode_layers_program.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace tokenspeed::kernels::cuda {
@@ -133,8 +132,8 @@ LayerPhase& LayerProgramWriter::add(LayerPhaseKind kind) {
 // Shared memory beside the ring for steps of `columns` rows.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
   const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0);
-  const int floats = std::max(layer_batch_tiles(columns) * layer_tile_floats(columns),
-                              kLayerTileRows * columns * down_stride_);
+  const int floats =
+      std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
   return kLayerSharedReserve + size_t{kLayerWarps} * staged * layer_staged_chunk(fp8_, columns) +
          2 * sizeof(float) * floats;
 }
@@ -263,9 +262,11 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   const DecodeExperts& routed = up->routed;
   const bool has_shared = up->shared_gate_up.data != nullptr;
   const bool has_gate = router->segment_count == 2;
-  if (routed.experts < 1 || routed.experts > kDecodeExperts || routed.top_k > kDecodeTopK || router->norm_weight == nullptr)
+  if (routed.experts < 1 || routed.experts > kDecodeExperts || routed.top_k > kDecodeTopK ||
+      router->norm_weight == nullptr)
     return 0;
-  if (router->segment_count > 2 || router->segments[0].y.data != routed.router_logits || up->norm_weight != nullptr) return 0;
+  if (router->segment_count > 2 || router->segments[0].y.data != routed.router_logits || up->norm_weight != nullptr)
+    return 0;
   if (router->segments[0].weight.dtype != DType::kBFloat16 || router->segments[0].weight.n != routed.experts) return 0;
   if (has_gate && (router->segments[1].weight.dtype != DType::kBFloat16 || router->segments[1].weight.n != 1 ||
                    router->segments[1].y.data != down->shared_gate_logit)) {
@@ -273,12 +274,13 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   }
   if (!has_gate && down->shared_gate_logit != nullptr) return 0;
   if (up->expert_ids != nullptr || down->routed.router_logits != routed.router_logits || !down->accumulate) return 0;
-  if (!streams(routed.gate_up) || !streams(routed.down) || up->width % 16 != 0 || !std::has_single_bit(static_cast<uint64_t>(up->width))) {
+  if (!streams(routed.gate_up) || !streams(routed.down) || up->width % 16 != 0 ||
+      !std::has_single_bit(static_cast<uint64_t>(up->width))) {
     return 0;
   }
-  if (has_shared && (!streams(up->shared_gate_up) || !streams(down->shared_down) || up->shared_width != up->width ||
-                     up->shared_gate_up.dtype != routed.gate_up.dtype ||
-                     down->shared_down.dtype != routed.gate_up.dtype)) {
+  if (has_shared &&
+      (!streams(up->shared_gate_up) || !streams(down->shared_down) || up->shared_width != up->width ||
+       up->shared_gate_up.dtype != routed.gate_up.dtype || down->shared_down.dtype != routed.gate_up.dtype)) {
     return 0;
   }
   const bool fp8 = is_fp8(routed.gate_up);
@@ -403,8 +405,8 @@ const LayerProgram& LayerProgramWriter::finish() {
   program_.staged_bytes = staged * layer_staged_chunk(fp8_, columns_);
   program_.partial_bytes =
       static_cast<int>(buffer_bytes(columns_) - kLayerSharedReserve - kLayerWarps * program_.staged_bytes) / 2;
-  program_.slots = static_cast<int>(
-      std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - buffer_bytes(columns_)) / kLayerSlotBytes));
+  program_.slots =
+      static_cast<int>(std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - buffer_bytes(columns_)) / kLayerSlotBytes));
   return program_;
 }
 

@@ -239,8 +239,8 @@ __device__ __forceinline__ void multiply_turn(float (&acc)[4], uint32_t chunk, c
     multiply_bf16<false>(acc, w, b);
   }
 }
-// acc += this warp's share of turn s of a bfloat16 tile beside FP8 ones. Its chunks are half as wide: lane c's 16 values are half of the 32 that
-// lane 2 (s % 2) + c / 2 reads.
+// acc += this warp's share of turn s of a bfloat16 tile beside FP8 ones. Its chunks are half as wide: lane c's 16
+// values are half of the 32 that lane 2 (s % 2) + c / 2 reads.
 template <int kRows>
 __device__ __forceinline__ void multiply_wide_turn(float (&acc)[4], const ChunkWeights& w, const uint8_t* staged, int s,
                                                    int rows) {
@@ -313,8 +313,8 @@ __device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int tu
       scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i) : scale.x;
     }
     if (i == 0 || turns > 1) {
-      operand = load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * layer_staged_chunk(kFp8, kRows), 0, lane,
-                                                          c.rows);
+      operand =
+          load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * layer_staged_chunk(kFp8, kRows), 0, lane, c.rows);
     }
     int slot;
     const uint32_t chunk = c.wait(&slot);
@@ -355,7 +355,7 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
   constexpr int kBatch = layer_batch_tiles(kRows);
   const int lane = threadIdx.x % kWarp;
   const int turns = p.turns;
-  const int log_turns = turns >> 1;                 // 1, 2 or 4 turns
+  const int log_turns = turns >> 1;                      // 1, 2 or 4 turns
   const int lane_tiles_mask = (kWarp >> log_turns) - 1;  // of the tiles whose scales the lanes hold
   const bool active = c.warp < p.warps;
   const int own = tiles_of_block(p.own_tiles);
