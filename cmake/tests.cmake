@@ -64,15 +64,27 @@ if(TARGET runtime_cuda)
 endif()
 
 # Device code run by the processor, thread by thread; needs CUDA's headers, no GPU and nothing of the CUDA library.
-if(TARGET kernels_cuda)
+find_package(CUDAToolkit QUIET)
+if(TOKENSPEED_CUDA AND CUDAToolkit_FOUND AND NOT TOKENSPEED_FUZZ AND NOT TOKENSPEED_SANITIZE MATCHES "thread")
+  function(tokenspeed_emulation_tests target label)
+    add_executable(${target} ${ARGN})
+    # In front of everything: headers that replace instructions by calls of the machine.
+    target_include_directories(${target} BEFORE PRIVATE ${CMAKE_SOURCE_DIR}/tests/emulation/include)
+    target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+    target_include_directories(${target} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+    target_link_libraries(${target} PRIVATE kernels GTest::gtest_main)
+    # What nvcc accepts in device code; what a GPU does not: vectors that are not aligned; what fibers do not: large
+    # frames.
+    target_compile_options(${target} PRIVATE -Wno-unknown-pragmas -Wno-sign-compare -Wframe-larger-than=16384
+                           -fsanitize=alignment,bounds -fno-sanitize-recover=all)
+    target_link_options(${target} PRIVATE -fsanitize=alignment,bounds)
+    gtest_discover_tests(${target} TEST_PREFIX emulation. DISCOVERY_MODE PRE_TEST
+                         PROPERTIES LABELS ${label} TIMEOUT 600)
+  endfunction()
   file(GLOB emulation_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/emulation/*.cpp)
-  add_executable(emulation_tests ${emulation_sources})
-  # In front of everything: headers that replace instructions by calls of the machine.
-  target_include_directories(emulation_tests BEFORE PRIVATE ${CMAKE_SOURCE_DIR}/tests/emulation/include)
-  target_include_directories(emulation_tests PRIVATE ${CMAKE_SOURCE_DIR}/tests)
-  target_include_directories(emulation_tests SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
-  target_link_libraries(emulation_tests PRIVATE kernels GTest::gtest_main)
-  # What nvcc accepts in device code.
-  target_compile_options(emulation_tests PRIVATE -Wno-unknown-pragmas -Wno-sign-compare)
-  gtest_discover_tests(emulation_tests TEST_PREFIX emulation. DISCOVERY_MODE PRE_TEST PROPERTIES LABELS fast TIMEOUT 600)
+  set(emulation_long_sources ${emulation_sources})
+  list(FILTER emulation_sources EXCLUDE REGEX "_long_test\\.cpp$")
+  list(FILTER emulation_long_sources EXCLUDE REGEX "(layers|machine)_test\\.cpp$")
+  tokenspeed_emulation_tests(emulation_tests fast ${emulation_sources})
+  tokenspeed_emulation_tests(emulation_long_tests long ${emulation_long_sources})
 endif()

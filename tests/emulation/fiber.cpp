@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <new>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #ifndef __x86_64__
 #error "the switch between stacks is written for x86-64"
 #endif
@@ -36,7 +40,7 @@ tokenspeed_switch_stack:
 namespace tokenspeed::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;  // the build allows no frame that comes near
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kGuardEvery = 32;  // stacks: a process may have 65,530 mappings, and every guard splits one
 constexpr size_t kSavedRegisters = 6;
@@ -61,6 +65,10 @@ void Stacks::reserve(size_t count) {
 }
 
 void* Stacks::start(size_t index, void (*entry)()) const {
+#ifdef __SANITIZE_ADDRESS__
+  // What an earlier thread had on the stack is gone.
+  __asan_unpoison_memory_region(memory_ + index * kStackBytes + kGuardBytes, kStackBytes - kGuardBytes);
+#endif
   // The entry is the return address of the first switch; above it lies the place of its own, as after a call.
   auto* const top = reinterpret_cast<void**>(memory_ + (index + 1) * kStackBytes) - 2;
   top[0] = reinterpret_cast<void*>(entry);

@@ -19,8 +19,8 @@ const ThreadPlace* current_place = nullptr;
 namespace {
 
 constexpr int kLanes = 32;
-constexpr uint32_t kSharedBase = 1024;  // shared address of the first byte, so that 0 is none
-constexpr uint8_t kPoison = 0xa5;
+constexpr uint32_t kSharedBase = 1024;                   // shared address of the first byte, so that 0 is none
+constexpr uint8_t kPoison = 0xff;                        // NaN in float32, float16, bfloat16 and FP8
 constexpr uint64_t kBarrierCookie = 0x6d62617272696572;  // in shared memory where a barrier is, to see it overwritten
 constexpr size_t kPollWords = 24;                        // that a thread polls at a time, at most
 constexpr int kPollLoads = 2 * kPollWords;  // in a row that show nothing new, after which a thread is taken to poll
@@ -96,10 +96,16 @@ struct Thread {
   Warp* warp = nullptr;
   int lane = 0;
   Wait wait;
-  void* operand = nullptr;  // of the collective
-  int own_stores = 0;       // still on their way
-  Watch watch;
+  int own_stores = 0;  // still on their way
+  Watch* watch = nullptr;
   uint64_t sleeps = 0;  // that have ended
+};
+
+// What a lane gave to the collective it is in.
+struct Meeting {
+  const char* name = nullptr;
+  unsigned mask = 0;
+  Place place;
 };
 
 struct Warp {
@@ -108,6 +114,8 @@ struct Warp {
   unsigned ready = 0;    // lanes to run in this turn
   unsigned later = 0;    // lanes to run in the next one
   unsigned meeting = 0;  // lanes in a collective
+  std::array<Meeting, kLanes> meetings;
+  std::array<void*, kLanes> operands = {};
   uint64_t stalled_until = 0;
   int place_in_list = -1;  // of runnable warps
 };
@@ -210,18 +218,20 @@ class Machine {
 
   ByteBarrier& byte_barrier(uint32_t address, const Place& place);
   void settle(ByteBarrier& barrier);
-  void check_meeting(unsigned mask, const Thread& last);
+  void check_meeting(const Warp& warp, const Meeting& last);
   void read_words(Thread* self, const void* p, int words, uint64_t* values);
   void sleep_until_stored(Thread* self, const Place& place);
   void wake(Thread* thread);
 
   std::string report() const;
   std::string describe(const Block& block, const Thread& thread) const;
+  std::string describe(const Block& block, const Warp& warp) const;
 
   const Grid grid_;
   const std::function<void()>& kernel_;
   Random random_;
   std::vector<std::unique_ptr<Block>> blocks_;
+  std::vector<Watch> watches_;  // of all threads
   std::unique_ptr<uint8_t, decltype(&std::free)> shared_;
   std::vector<Warp*> runnable_;
   std::vector<Copy> copies_;
@@ -231,7 +241,7 @@ class Machine {
   void* scheduler_ = nullptr;
   uint64_t turn_ = 0;
   uint64_t copies_stalled_until_ = 0;
-  uint64_t progress_ = 0;
+  uint64_t progress_ = 0;  // collectives are none: warps poll with them
   uint64_t idle_progress_ = 0;
   int idle_rounds_ = 0;
   std::string failure_;
@@ -266,8 +276,9 @@ Machine::Machine(const Grid& grid, const std::function<void()>& kernel)
 }
 
 void Machine::start_threads() {
-  stacks().reserve(static_cast<size_t>(grid_.blocks) * static_cast<size_t>(grid_.threads));
-  size_t stack = 0;
+  watches_.resize(static_cast<size_t>(grid_.blocks) * static_cast<size_t>(grid_.threads));
+  stacks().reserve(watches_.size());
+  size_t index = 0;
   for (const auto& block : blocks_) {
     block->alive = grid_.threads;
     block->warps = std::vector<Warp>(static_cast<size_t>(grid_.threads / kLanes));
@@ -282,7 +293,8 @@ void Machine::start_threads() {
         thread.place.block.x = block->index;
         thread.place.block_extent.x = static_cast<unsigned>(grid_.threads);
         thread.place.grid_extent.x = static_cast<unsigned>(grid_.blocks);
-        thread.stack = stacks().start(stack++, &thread_main);
+        thread.watch = &watches_[index];
+        thread.stack = stacks().start(index++, &thread_main);
         make_ready(&thread);
       }
     }
@@ -434,7 +446,7 @@ void Machine::deliver_store(size_t index) {
 
 void Machine::wake(Thread* thread) {
   ++thread->sleeps;
-  thread->watch.woken();
+  thread->watch->woken();
   make_ready(thread);
 }
 
@@ -489,38 +501,33 @@ std::string Machine::run() {
 
 // ---- primitives ----
 
-void Machine::check_meeting(unsigned mask, const Thread& last) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    const Wait& other = last.warp->threads[static_cast<size_t>(lane)].wait;
-    if (other.a != mask || std::strcmp(other.name, last.wait.name) != 0 ||
-        other.place.line() != last.wait.place.line()) {
-      fail(format("lane %d is in %s", lane, other.name) + at(other.place) + ", this lane in " + last.wait.name,
-           last.wait.place);
-    }
+void Machine::check_meeting(const Warp& warp, const Meeting& last) {
+  for (unsigned lanes = last.mask; lanes != 0; lanes &= lanes - 1) {
+    const int lane = std::countr_zero(lanes);
+    const Meeting& other = warp.meetings[static_cast<size_t>(lane)];
+    const bool same_name = other.name == last.name || std::strcmp(other.name, last.name) == 0;
+    if (same_name && other.mask == last.mask && other.place.line() == last.place.line()) continue;
+    fail(format("lane %d is in %s", lane, other.name) + at(other.place) + ", this lane in " + last.name, last.place);
   }
 }
 
 void Machine::meet(const char* name, unsigned mask, void* operand, Combine combine, const Place& place) {
   Thread& self = *current;
   Warp& warp = *self.warp;
-  self.operand = operand;
-  self.wait = {Doing::kMeeting, name, place, mask};
-  if (!(mask >> self.lane & 1)) fail(format("the mask %08x is without the lane", mask), place);
-  warp.meeting |= 1u << self.lane;
+  const auto lane = static_cast<size_t>(self.lane);
+  if (!(mask >> lane & 1)) fail(format("the mask %08x is without the lane", mask), place);
+  warp.operands[lane] = operand;
+  warp.meetings[lane] = {name, mask, place};
+  warp.meeting |= 1u << lane;
   if ((warp.meeting & mask) != mask) {
-    wait(self.wait);
+    wait({Doing::kMeeting, name, place, mask});
     return;
   }
-  check_meeting(mask, self);
-  void* operands[kLanes];
-  for (size_t lane = 0; lane < kLanes; ++lane) operands[lane] = warp.threads[lane].operand;
-  combine(operands, mask);
+  check_meeting(warp, warp.meetings[lane]);
+  combine(warp.operands.data(), mask);
   warp.meeting &= ~mask;
-  self.wait.doing = Doing::kRunning;
-  ++progress_;
   if (random_.one_in(8)) {
-    warp.ready &= ~(1u << self.lane);
+    warp.ready &= ~(1u << lane);
     warp.later |= mask;
     suspend();
   } else {
@@ -612,7 +619,7 @@ void Machine::read_words(Thread* self, const void* p, int words, uint64_t* value
 void Machine::sleep_until_stored(Thread* self, const Place& place) {
   uint64_t address = 0;
   uint64_t least = ~uint64_t{0};  // of the words, whose upper halves are flags
-  self->watch.for_polled([&](const void* p, uint64_t value) {
+  self->watch->for_polled([&](const void* p, uint64_t value) {
     pollers_[line_of(p)].push_back({self, self->sleeps});
     if (value >= least) return;
     address = reinterpret_cast<uint64_t>(p);
@@ -626,8 +633,8 @@ void Machine::load_words(const void* p, int words, uint64_t* values, const Place
   if (reinterpret_cast<uintptr_t>(p) % (8 * static_cast<size_t>(words)) != 0) fail(format("a load from %p", p), place);
   if (random_.one_in(4)) yield();
   read_words(self, p, words, values);
-  self->watch.note(p, words, values);
-  if (!self->watch.polls()) return;
+  self->watch->note(p, words, values);
+  if (!self->watch->polls()) return;
   sleep_until_stored(self, place);
   read_words(self, p, words, values);
 }
@@ -686,17 +693,25 @@ std::string Machine::describe(const Block& block, const Thread& thread) const {
   return "";
 }
 
+// Neighbouring lanes at the same place together.
+std::string Machine::describe(const Block& block, const Warp& warp) const {
+  std::string text;
+  for (size_t first = 0, lane = 0; lane < kLanes; first = lane) {
+    const std::string where = describe(block, warp.threads[first]);
+    while (lane < kLanes && describe(block, warp.threads[lane]) == where) ++lane;
+    text += format("  lanes %zu-%zu: ", first, lane - 1) + where + "\n";
+  }
+  return text;
+}
+
 std::string Machine::report() const {
   std::string text = format("%zu copies and %zu stores on their way\n", copies_.size(), stores_.size());
   for (const auto& block : blocks_) {
-    for (size_t w = 0; w < block->warps.size(); ++w) {
-      // Neighbouring lanes at the same place together.
-      const Warp& warp = block->warps[w];
-      for (size_t first = 0, lane = 0; lane < kLanes; first = lane) {
-        const std::string where = describe(*block, warp.threads[first]);
-        while (lane < kLanes && describe(*block, warp.threads[lane]) == where) ++lane;
-        text += format("block %u warp %zu lanes %zu-%zu: ", block->index, w, first, lane - 1) + where + "\n";
-      }
+    const std::vector<Warp>& warps = block->warps;
+    for (size_t first = 0, warp = 0; warp < warps.size(); first = warp) {
+      const std::string where = describe(*block, warps[first]);
+      while (warp < warps.size() && describe(*block, warps[warp]) == where) ++warp;
+      text += format("block %u warps %zu-%zu\n", block->index, first, warp - 1) + where;
     }
   }
   return text;

@@ -17,7 +17,10 @@ using emulation::run;
 
 constexpr int kSeeds = 20;
 
-void expect_runs(const Grid& grid, const std::function<void()>& kernel) { EXPECT_EQ(run(grid, kernel), ""); }
+void expect_runs(const Grid& grid, const std::function<void()>& kernel) {
+  const std::string failure = run(grid, kernel);
+  EXPECT_TRUE(failure.empty()) << failure;
+}
 
 TEST(Machine, EveryThreadRunsOnce) {
   std::vector<int> runs(3 * 64);
@@ -253,21 +256,22 @@ TEST(Machine, DeadlockIsDescribed) {
     __syncthreads();
     if (blockIdx.x == 0) barrier_wait(barrier, 0);
     if (threadIdx.x < 32) {
-      while (load_word(&word).y == 0) {
+      while (!__all_sync(~0u, load_word(&word).y != 0)) {
       }
     }
     while (blockIdx.x == 2) __nanosleep(100);
     named_barrier(2, 64);
   });
-  EXPECT_NE(report.find("no thread comes further"), std::string::npos) << report;
-  EXPECT_NE(report.find("block 0 warp 1 lanes 0-31: barrier_wait(shared 0x400, parity 0): 3 of 3 arrivals and 0 bytes"),
-            std::string::npos)
-      << report;
-  EXPECT_NE(report.find("block 1 warp 0 lanes 0-31: polls the word at"), std::string::npos) << report;
-  EXPECT_NE(report.find("block 1 warp 1 lanes 0-31: named_barrier: barrier 2, 32 of 64 threads there"),
-            std::string::npos)
-      << report;
-  EXPECT_NE(report.find("block 2 warp 1 lanes 0-31: sleeps"), std::string::npos) << report;
+  const auto expect_found = [&](const std::string& line) {
+    EXPECT_NE(report.find(line), std::string::npos) << line << "\nis not in\n" << report;
+  };
+  expect_found("no thread comes further");
+  expect_found(
+      "block 0 warps 0-1\n  lanes 0-31: barrier_wait(shared 0x400, parity 0): 3 of 3 arrivals and 0 bytes missing");
+  expect_found("block 1 warps 0-0\n  lanes 0-31: polls the word at");
+  expect_found("block 1 warps 1-1\n  lanes 0-31: named_barrier: barrier 2, 32 of 64 threads there");
+  expect_found("block 2 warps 0-0\n  lanes 0-31: polls the word at");
+  expect_found("block 2 warps 1-1\n  lanes 0-31: sleeps");
 }
 
 void expect_failure(const std::string& what, const std::function<void()>& kernel) {
