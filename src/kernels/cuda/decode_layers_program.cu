@@ -129,13 +129,16 @@ LayerPhase& LayerProgramWriter::add(LayerPhaseKind kind) {
   return phase;
 }
 
-// Shared memory beside the ring for steps of `columns` rows.
+// What a warp stages, and one of the two buffers of part sums, for steps of `columns` rows.
+int LayerProgramWriter::staged_bytes(int columns) const {
+  return std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0) * layer_staged_chunk(fp8_, columns);
+}
+int LayerProgramWriter::partial_bytes(int columns) const {
+  return 4 * std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
+}
+// Shared memory beside the ring.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
-  const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0);
-  const int floats =
-      std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
-  return kLayerSharedReserve + size_t{kLayerWarps} * staged * layer_staged_chunk(fp8_, columns) +
-         2 * sizeof(float) * floats;
+  return kLayerSharedReserve + size_t{kLayerWarps} * staged_bytes(columns) + size_t{2} * partial_bytes(columns);
 }
 // Whether the phases so far leave room for a ring, whatever the number of rows: a row's bits must not depend on it.
 bool LayerProgramWriter::fits() const {
@@ -401,10 +404,8 @@ size_t LayerProgramWriter::take(std::span<const DecodePhase> ops) {
 }
 
 const LayerProgram& LayerProgramWriter::finish() {
-  const int staged = std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns_) : 0);
-  program_.staged_bytes = staged * layer_staged_chunk(fp8_, columns_);
-  program_.partial_bytes =
-      static_cast<int>(buffer_bytes(columns_) - kLayerSharedReserve - kLayerWarps * program_.staged_bytes) / 2;
+  program_.staged_bytes = staged_bytes(columns_);
+  program_.partial_bytes = partial_bytes(columns_);
   program_.slots =
       static_cast<int>(std::min<size_t>(kLayerMaxSlots, (kMostSharedBytes - buffer_bytes(columns_)) / kLayerSlotBytes));
   return program_;

@@ -232,6 +232,8 @@ class LayerProgramWriter {
   int map(const Matrix& weight, bool fp8, int turns, int chunks);
   int paired_map(const Matrix& first, int64_t matrices, int64_t width, int turns, int chunks);
   LayerPhase& add(LayerPhaseKind kind);
+  int staged_bytes(int columns) const;
+  int partial_bytes(int columns) const;
   size_t buffer_bytes(int columns) const;
   bool fits() const;
 
