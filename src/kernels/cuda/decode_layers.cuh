@@ -1,8 +1,10 @@
 // Common parts of the persistent kernel (decode_layers_program.h says what it executes): shared memory, the ring of
 // weights, words between blocks, and the product of a chunk.
 //
-//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, two buffers | LayerShared |
+//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, once or twice | LayerShared |
 #pragma once
+
+#include <cstddef>
 
 #include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/common.cuh"
@@ -31,6 +33,7 @@ struct LayerShared {
   uint64_t empty[kLayerMaxSlots];
   uint64_t routed;    // the experts are chosen
   uint64_t weighted;  // and their weights are known
+  uint64_t added;     // the part sums in the only buffer
   int phase;          // that the first consumer has begun
   int token_begin[kDecodeTokens + 1];
   int state_in[kDecodeTokens];
@@ -46,7 +49,7 @@ struct LayerShared {
 
 struct RingPosition {
   int slot = 0;
-  uint32_t parity = 0;
+  uint32_t parity = 0;  // bit 0; the others are the owner's
   __device__ void advance(int slots) {
     if (++slot == slots) {
       slot = 0;
@@ -62,6 +65,10 @@ static __device__ long long layer_clocks[24 * 8 * 132];  // [phase][mark][block]
 #endif
 // What a consumer thread carries from phase to phase.
 struct LayerConsumer {
+  // Parities beside the ring's, in one register with it: of the batches of part sums so far, and of the choices.
+  static constexpr uint32_t kBatch = 2;
+  static constexpr uint32_t kRouted = 4;
+
   const LayerProgram& program;
   LayerShared& shared;
   int warp;  // known to the compiler to be the warp's
@@ -70,10 +77,8 @@ struct LayerConsumer {
   uint32_t full;    // shared address of the ring's barriers, the empty ones behind them
   uint32_t ring;    // shared address of this warp's chunk of the first slot
   uint8_t* staged;  // this warp's
-  float* partial;   // two buffers
+  float* partial;   // layer_buffers(kRows)
   RingPosition at;
-  int batch = 0;  // batches of part sums so far: two buffers in turn
-  uint32_t routed_parity = 0;
   unsigned launch = 0;
   float residual = 0;  // x of this thread's (tile, row of the step, row of the tile)
 
@@ -84,12 +89,28 @@ struct LayerConsumer {
 #else
   __device__ void mark(int) const {}
 #endif
-  __device__ float* buffer() const { return partial + (batch & 1) * (program.partial_bytes / 4); }
+  __device__ uint32_t parity(uint32_t what) const { return (at.parity & what) != 0; }
+  template <int kRows>
+  __device__ float* buffer() const {
+    return layer_buffers(kRows) == 1 ? partial : partial + parity(kBatch) * (program.partial_bytes / 4);
+  }
+  __device__ uint32_t added() const { return full + offsetof(LayerShared, added); }
+  // Before a warp stores anything in the buffer. Of two buffers all warps have left the next one when they meet.
+  template <int kRows>
+  __device__ void begin_batch() const {
+    if constexpr (layer_buffers(kRows) == 1) barrier_wait(added(), parity(kBatch) ^ 1);
+  }
+  // When the warp needs nothing of it any more.
+  template <int kRows>
+  __device__ void end_batch() {
+    if constexpr (layer_buffers(kRows) == 1) warp_arrive(added());
+    at.parity ^= kBatch;
+  }
   // Shared address of this warp's chunk of the next slot, when it is there. The slot is released by its number, which
   // may be after the next one has been waited for.
   __device__ uint32_t wait(int* slot) {
     *slot = at.slot;
-    barrier_wait(full + at.slot * 8, at.parity);
+    barrier_wait(full + at.slot * 8, at.parity & 1);
     const uint32_t chunk = ring + at.slot * kLayerSlotBytes;
     at.advance(slots);
     return chunk;
@@ -262,24 +283,35 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[4], const ChunkWeight
 
 // ---- part sums ----
 //
-// A tile's are [row of the step][row of the tile][warp], kLayerPartialStride floats apart.
+// A tile's are [element: row of the step, row of the tile][place], layer_partial_stride() floats apart.
 
+// The place of a warp's part. Of several rows, vectors of four change places with the row of the tile, and the parts of
+// a vector with the row of the step, so that stores and loads of a warp lie in different banks. A vector's sum is one of
+// two sums of two, and stays the same.
+template <int kRows>
+__device__ __forceinline__ int part_place(int element, int warp) {
+  if constexpr (kRows == 1) return warp;
+  return warp ^ (element / 2 % 4 * 4 + element / (2 * kLayerTileRows) % 4);
+}
 template <int kRows>
 __device__ __forceinline__ void store_parts(float* tile, int warp, const float (&acc)[4]) {
-  const int lane = threadIdx.x % kWarp;
-  float* const to = tile + (lane % 4 * 2 * kLayerTileRows + lane / 4) * kLayerPartialStride + warp;
+  const int lane = kRows == 1 ? threadIdx.x % kWarp : read_lane();
+  constexpr int kStride = layer_partial_stride(kRows);
+  const int element = lane % 4 * 2 * kLayerTileRows + lane / 4;
+  float* const to = tile + element * kStride + part_place<kRows>(element, warp);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (lane % 4 * 2 + i >= kRows) break;
-    to[i * kLayerTileRows * kLayerPartialStride] = acc[i];
-    to[(i * kLayerTileRows + 8) * kLayerPartialStride] = acc[2 + i];
+    to[i * kLayerTileRows * kStride] = acc[i];
+    to[(i * kLayerTileRows + 8) * kStride] = acc[2 + i];
   }
 }
 // The sum over the warps, always in the same order; those without a part have stored zeros.
-__device__ __forceinline__ float add_parts(const float* row) {
+// swap: of the vectors' places.
+__device__ __forceinline__ float add_parts(const float* row, int swap = 0) {
   float4 v[kLayerWarps / 4];
 #pragma unroll
-  for (int i = 0; i < kLayerWarps / 4; ++i) v[i] = reinterpret_cast<const float4*>(row)[i];
+  for (int i = 0; i < kLayerWarps / 4; ++i) v[i] = reinterpret_cast<const float4*>(row)[i ^ swap];
   float sum[kLayerWarps / 4];
 #pragma unroll
   for (int i = 0; i < kLayerWarps / 4; ++i) sum[i] = (v[i].x + v[i].y) + (v[i].z + v[i].w);
@@ -287,27 +319,37 @@ __device__ __forceinline__ float add_parts(const float* row) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// The sum of an element of a tile, or of the tiles of a batch; neighbouring threads take neighbouring elements, eight at
+// least.
+template <int kRows>
+__device__ __forceinline__ float add_element(const float* parts, int element) {
+  return add_parts(parts + element * layer_partial_stride(kRows), kRows == 1 ? 0 : read_lane() / 2 % 4);
+}
+
+// One exchange of kLeft values between lanes kOffset apart, and those that follow. Recursive, as a loop of loops whose
+// lengths change is not unrolled, and the values would lie in local memory.
+template <int kLeft, int kOffset, int kCount>
+__device__ __forceinline__ void exchange_sums(float (&v)[kCount]) {
+  if constexpr (kLeft == 1) {
+    v[0] += __shfl_xor_sync(~0u, v[0], kOffset);
+  } else {
+    constexpr int kKept = kLeft / 2;
+    const bool upper = (threadIdx.x & kOffset) != 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float given = upper ? v[i] : v[i + kKept];
+      const float kept = upper ? v[i + kKept] : v[i];
+      v[i] = kept + __shfl_xor_sync(~0u, given, kOffset);
+    }
+  }
+  if constexpr (kOffset > 1) exchange_sums<(kLeft > 1 ? kLeft / 2 : 1), kOffset / 2>(v);
+}
 // Sums of kCount values over the lanes of a warp, each added as warp_sum() does, so with the same bits. Lanes exchange
 // values that they give up for values that they keep, so that together they need few more shuffles than one value.
 template <int kCount>
 __device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
   static_assert(kCount <= kWarp && (kCount & (kCount - 1)) == 0);
-  int left = kCount;
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    left /= 2;
-    if (left == 0) {
-      v[0] += __shfl_xor_sync(~0u, v[0], offset);
-      continue;
-    }
-    const bool upper = (threadIdx.x & offset) != 0;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float given = upper ? v[i] : v[i + left];
-      const float kept = upper ? v[i + left] : v[i];
-      v[i] = kept + __shfl_xor_sync(~0u, given, offset);
-    }
-  }
+  exchange_sums<kCount, kWarp / 2>(v);
   return v[0];
 }
 // Which of the sums a lane has, and whether it is the first that does.

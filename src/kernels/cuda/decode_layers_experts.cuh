@@ -115,21 +115,26 @@ __device__ __forceinline__ float float_of_ordered(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// Row t's ids, then, after then(), its weights. The whole warp calls.
-template <int kKeys, typename Then>
+// Row t's ids. The whole warp calls.
+template <int kKeys>
 __device__ __forceinline__ void choose_row(const GateUpPhase& p, LayerRouting& routing, unsigned launch, int t,
-                                           bool rehearse, Then&& then) {
+                                           bool rehearse) {
+  const int lane = threadIdx.x % kWarp;
+  int* const ids = routing.ids + t * p.top_k;
+  RowKeys<kKeys> keys;
+  keys.load(p, p.logits + t * (p.experts + 1), launch, rehearse);
+  if (lane < p.top_k) ids[lane] = lane;  // where logits are NaN
+  // The greatest keys' place is free again when the candidates are known.
+  choose_ids(keys, p.top_k, routing.greatest[t], routing.candidates[t], ids, routing.greatest[t]);
+  __syncwarp();
+}
+// And its weights.
+__device__ __forceinline__ void weigh_row(const GateUpPhase& p, LayerRouting& routing, unsigned launch, int t,
+                                          bool rehearse) {
   const int lane = threadIdx.x % kWarp;
   const int top_k = p.top_k;
   const uint2* const logits = p.logits + t * (p.experts + 1);
-  int* const ids = routing.ids + t * top_k;
-  uint32_t* const chosen = routing.greatest[t];  // free again when the candidates are known
-  RowKeys<kKeys> keys;
-  keys.load(p, logits, launch, rehearse);
-  if (lane < top_k) ids[lane] = lane;  // where logits are NaN
-  choose_ids(keys, top_k, routing.greatest[t], routing.candidates[t], ids, chosen);
-  __syncwarp();
-  then();
+  const uint32_t* const chosen = routing.greatest[t];
   const float greatest = float_of_ordered(chosen[0]);
   const float mine = lane < top_k ? __expf(float_of_ordered(chosen[lane]) - greatest) : 0.0f;
   float all = mine;
@@ -164,61 +169,52 @@ __device__ __forceinline__ void list_one_row(const GateUpPhase& p, LayerRouting&
   __syncwarp();
 }
 
-// The warps that choose experts meet.
+// The warps that choose the experts of several rows, one each, meet.
 template <int kRows>
 __device__ __forceinline__ void choosers_barrier() {
-  if constexpr (kRows > 1) named_barrier(2, layer_choosers(kRows) * kWarp);
+  named_barrier(2, kRows * kWarp);
 }
 
-// The same for several rows, by all choosing warps; warp and lane have one choice of a row each.
+// Before list_rows(), and a choosers_barrier() between. first_choice: of every expert that rows chose, the first row
+// and its place there: row * 32 + place.
 template <int kRows>
-__device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int rows, int chooser) {
-  constexpr int kChoosers = layer_choosers(kRows);
-  const int lane = threadIdx.x % kWarp;
-  const int first = p.shared.width > 0;
-  const bool chosen = lane < p.top_k;
-  // Of every chosen expert the first row that chose it, and its place there: row * 32 + place.
-  int* const first_choice = reinterpret_cast<int*>(routing.candidates);
-  static_assert(sizeof(routing.candidates) >= kDecodeExperts * sizeof(int), "candidates are used up");
-  choosers_barrier<kRows>();
-#pragma unroll 1
-  for (int t = chooser; t < rows; t += kChoosers) {
-    if (chosen) first_choice[routing.ids[t * p.top_k + lane]] = kDecodeTokens * kWarp;
-  }
-#pragma unroll 1
-  for (int i = chooser * kWarp + lane; i < first + rows * p.top_k; i += kChoosers * kWarp) {
+__device__ __forceinline__ void clear_lists(LayerRouting& routing, int* first_choice) {
+  for (int i = threadIdx.x; i < kDecodeExperts; i += kRows * kWarp) first_choice[i] = kDecodeTokens * kWarp;
+  for (int i = threadIdx.x; i <= kRoutingPairsMax; i += kRows * kWarp) {
     *reinterpret_cast<uint2*>(routing.place[i]) = {~0u, ~0u};
   }
+}
+
+// The same for several rows, by warp t of row t, whose lanes have a choice each.
+template <int kRows>
+__device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int* first_choice, int rows,
+                                          int t) {
+  const int lane = threadIdx.x % kWarp;
+  const int first = p.shared.width > 0;
+  const bool chosen = t < rows && lane < p.top_k;
+  const int id = chosen ? routing.ids[t * p.top_k + lane] : 0;
+  const int own = t * kWarp + lane;
+  if (chosen) atomicMin(first_choice + id, own);
   choosers_barrier<kRows>();
-#pragma unroll 1
-  for (int t = chooser; t < rows; t += kChoosers) {
-    if (chosen) atomicMin(first_choice + routing.ids[t * p.top_k + lane], t * kWarp + lane);
+  const int choice = first_choice[id];
+  const unsigned firsts = __ballot_sync(~0u, chosen && choice == own);
+  if (lane == 0) routing.firsts[t] = firsts;
+  choosers_barrier<kRows>();
+  int entry = first;
+  int entries = first;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const unsigned bits = routing.firsts[row];
+    const int before = choice - row * kWarp;  // at most so many of the row's choices come before
+    entry += __popc(before >= kWarp ? bits : before > 0 ? bits & ((1u << before) - 1) : 0);
+    entries += __popc(bits);
   }
-  choosers_barrier<kRows>();
-#pragma unroll 1
-  for (int t = chooser; t < kDecodeTokens; t += kChoosers) {
-    const bool is_first = t < rows && chosen && first_choice[routing.ids[t * p.top_k + lane]] == t * kWarp + lane;
-    const unsigned firsts = __ballot_sync(~0u, is_first);
-    if (lane == 0) routing.firsts[t] = firsts;
-  }
-  choosers_barrier<kRows>();
-#pragma unroll 1
-  for (int t = chooser; t < rows; t += kChoosers) {
-    if (lane == 0 && first != 0) routing.place[0][t] = static_cast<int8_t>(p.top_k);
-    if (!chosen) continue;
-    const int id = routing.ids[t * p.top_k + lane];
-    const int choice = first_choice[id];
-    int entry = first + __popc(routing.firsts[choice / kWarp] & ((1u << choice % kWarp) - 1));
-#pragma unroll 1
-    for (int before = 0; before < choice / kWarp; ++before) entry += __popc(routing.firsts[before]);
-    if (choice == t * kWarp + lane) routing.expert[entry] = id;
+  if (chosen) {
+    if (choice == own) routing.expert[entry] = id;
     routing.place[entry][t] = static_cast<int8_t>(lane);
   }
-  if (chooser == 0) {
-    int entries = first;
-    for (const unsigned firsts : routing.firsts) entries += __popc(firsts);
-    if (lane == 0) routing.entries = entries;
-  }
+  if (t < rows && lane == 0 && first != 0) routing.place[0][t] = static_cast<int8_t>(p.top_k);
+  if (threadIdx.x == 0) routing.entries = entries;
   choosers_barrier<kRows>();
 }
 
@@ -261,11 +257,11 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   const int place = own < count ? c.shared.routing.place[unit.entry][t] : -1;
   float h = 0;
   if (place >= 0) {
-    const float* const parts =
-        c.buffer() + own * layer_tile_floats(kRows) + (t * kLayerTileRows + row) * kLayerPartialStride;
+    const float* const parts = c.buffer<kRows>() + own * layer_tile_floats(kRows);
+    const int element = t * kLayerTileRows + row;
     scale *= inverse_norm(c.shared, t, p.k, p.epsilon);
-    const float gate = add_parts(parts) * scale;
-    const float up = add_parts(parts + kUnitRows * kLayerPartialStride) * scale;
+    const float gate = add_element<kRows>(parts, element) * scale;
+    const float up = add_element<kRows>(parts, element + kUnitRows) * scale;
     h = silu(gate) * up;
   }
   float odd;
@@ -274,35 +270,48 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   store_word(p.h + (at >> 1), pack_bf16(h, odd), c.launch);
 }
 
-// The choices, by warps of their own: a few hundred instructions that nobody else executes, so that most of their time
-// would go into fetching them. They go through them once before the logits are there.
-template <int kKeys, int kRows>
-__device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerShared& shared, unsigned launch, int rows,
-                                           int chooser) {
-  const bool arrives = chooser == 0 && threadIdx.x % kWarp == 0;
+// The choices are a few hundred instructions that are executed nowhere else, so that most of their time would go into
+// fetching them. Who makes them goes through them once before the logits are there.
+
+// One row's, by a warp of its own.
+template <int kKeys>
+__device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
+  const bool arrives = threadIdx.x % kWarp == 0;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     const bool rehearse = pass == 0;
-    if constexpr (kRows == 1) {
-      choose_row<kKeys>(p, shared.routing, launch, 0, rehearse, [&] {
-        list_one_row(p, shared.routing);
-        if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
-      });
-      __syncwarp();
-    } else {
-      const int some = rehearse ? min(rows, layer_choosers(kRows)) : rows;
-#pragma unroll 1
-      for (int t = chooser; t < some; t += layer_choosers(kRows)) {
-        choose_row<kKeys>(p, shared.routing, launch, t, rehearse, [] {});
-      }
-      list_rows<kRows>(p, shared.routing, some, chooser);
-      if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
-    }
+    choose_row<kKeys>(p, shared.routing, launch, 0, rehearse);
+    list_one_row(p, shared.routing);
+    if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
+    weigh_row(p, shared.routing, launch, 0, rehearse);
+    __syncwarp();
   }
   if (arrives) barrier_arrive(shared_address(&shared.weighted));
 }
 
-template <bool kFp8, int kRows>
+// Several rows', by the first kRows computing warps.
+template <int kKeys, int kRows>
+__device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& c) {
+  LayerRouting& routing = c.shared.routing;
+  const bool has_row = c.warp < c.rows;
+  // Nobody has part sums before the choice is made.
+  int* const first_choice = reinterpret_cast<int*>(c.buffer<kRows>());
+  static_assert(layer_batch_tiles(kRows) * layer_tile_floats(kRows) >= kDecodeExperts);
+  c.begin_batch<kRows>();
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool rehearse = pass == 0;
+    clear_lists<kRows>(routing, first_choice);
+    choosers_barrier<kRows>();
+    if (has_row) choose_row<kKeys>(p, routing, c.launch, c.warp, rehearse);
+    list_rows<kRows>(p, routing, first_choice, c.rows, c.warp);
+    if (!rehearse && threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
+    if (has_row) weigh_row(p, routing, c.launch, c.warp, rehearse);
+    __syncwarp();
+  }
+}
+
+template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsumer& c) {
   constexpr int kBatch = layer_batch_tiles(kRows);
   const int lane = threadIdx.x % kWarp;
@@ -312,8 +321,11 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
   const bool active = c.warp < p.warps;
   const LayerRouting& routing = c.shared.routing;
   c.mark(1);
-  barrier_wait(shared_address(&c.shared.routed), c.routed_parity);
-  c.routed_parity ^= 1;
+  if constexpr (kRows > 1) {
+    if (c.warp < kRows) route_rows<kKeys, kRows>(p, c);
+  }
+  barrier_wait(shared_address(&c.shared.routed), c.parity(LayerConsumer::kRouted));
+  c.at.parity ^= LayerConsumer::kRouted;
   const int tiles = routing.entries << p.log_tiles;
   const int all = tiles_of_block(tiles);
   float2 scales = {1.0f, 1.0f};
@@ -327,12 +339,12 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
     }
     const int count = min(kBatch, all - first);
     stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first & lane_tiles_mask) << log_turns,
-                                    c.buffer());
+                                    c.buffer<kRows>());
     c.mark(2);
     consumer_barrier();
     c.mark(3);
     finish_units<kRows>(p, c, first, count, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
-    ++c.batch;
+    c.end_batch<kRows>();
     first += kBatch;
   } while (first < all);
   c.mark(4);
@@ -440,8 +452,9 @@ __device__ __forceinline__ void stage_down_rows(const DownPhase& p, LayerConsume
   const auto address = [&](int slot, int t, int place) {
     return p.h + (((t * (p.top_k + 1) + place) * p.k + column[slot]) >> 1);
   };
-  // One row's words first: polled together they would take the bandwidth of L2 from the weights.
-  const int first_row = places[0].first_row();
+  // One row's words first: polled together they would take the bandwidth of L2 from the weights. After the first slot's
+  // those of others are there, or nearly.
+  const int first_row = first_slot == 0 ? places[0].first_row() : -1;
   uint4 first = {};
   do {
     if (first_row >= 0) first = load_h<kFp8>(address(0, first_row, places[0].of(first_row)));
@@ -485,6 +498,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
     multiply_bf16<false>(acc, w, load_operand<2, kRows>(from, 0, lane, c.rows));
   }
   const int stride = layer_down_stride((p.top_k + 1) << p.log_chunks);
+  c.begin_batch<kRows>();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = lane % 4 * 2 + i;
@@ -493,7 +507,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
         kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0)) : routing.place[at.entry][t];
     if (place < 0) continue;
     const float weight = routing.weights[t * (p.top_k + 1) + place];
-    float* const to = c.buffer() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;
+    float* const to = c.buffer<kRows>() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;
     to[0] = acc[i] * weight;
     to[8 * stride] = acc[2 + i] * weight;
   }
@@ -538,7 +552,8 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
   const int lane = threadIdx.x % kWarp;
   const int slots = ((routing.entries << p.log_chunks) + kLayerWarps - 1) / kLayerWarps;
   const bool has_shared = p.shared.width > 0;
-  barrier_wait(shared_address(&c.shared.weighted), c.routed_parity ^ 1);
+  // Several rows' weights are known when gate and up are.
+  if constexpr (kRows == 1) barrier_wait(shared_address(&c.shared.weighted), c.parity(LayerConsumer::kRouted) ^ 1);
   int tile_number = 0;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x, ++tile_number) {
@@ -565,7 +580,7 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
     const int e = static_cast<int>(threadIdx.x) - tile_number * kOutputs;
     const int t = e / kLayerTileRows;
     const bool valid = e >= 0 && e < kOutputs && t < c.rows;
-    const float* const row = c.buffer() + e * layer_down_stride((p.top_k + 1) << p.log_chunks);
+    const float* const row = c.buffer<kRows>() + e * layer_down_stride((p.top_k + 1) << p.log_chunks);
     const int parts = (p.top_k + has_shared) << p.log_chunks;
     c.mark(2);
     consumer_barrier();
@@ -575,11 +590,11 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
       add_to_residual<kRows>(c, sum, valid, tile, t, e % kLayerTileRows, p.residual_words);
     }
     c.mark(4);
-    ++c.batch;
+    c.end_batch<kRows>();
   }
   if (tile_number == 0) {
     consumer_barrier();
-    ++c.batch;
+    c.end_batch<kRows>();
   }
 }
 

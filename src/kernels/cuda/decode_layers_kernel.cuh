@@ -1,6 +1,6 @@
-// The persistent kernel itself: one warp fetches the weights of all phases, one (up to three for several rows) chooses
-// experts, sixteen compute phase after phase. Formulas are those of the ops (decode.h, gated_delta_net.h).
-// Launch: one block per multiprocessor of 576 to 640 threads (layer_threads()) with up to 227 KiB of shared memory.
+// The persistent kernel itself: one warp fetches the weights of all phases, one chooses a single row's experts, sixteen
+// compute phase after phase. Formulas are those of the ops (decode.h, gated_delta_net.h).
+// Launch: one block per multiprocessor of 576 or 640 threads (layer_threads()) with up to 227 KiB of shared memory.
 // Bytes: every weight of the phases' layers once, of experts those that a row chose; the states once in and once out;
 // and between blocks, through L2, 8 bytes for every two activations: written once and read by every block that needs
 // them (x, a mixer's result and h by all: about 55 KB per row, layer and block for qwen3.5-35b-a3b).
@@ -112,14 +112,14 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
   }
 }
 
-// ---- the warps that choose experts ----
-
 __device__ __forceinline__ unsigned launch_number(const LayerProgram& program) {
   return load_word(reinterpret_cast<const uint2*>(program.counters)).x + 1;
 }
 
-template <int kKeys, int kRows>
-__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared, int chooser) {
+// ---- the warp that chooses a single row's experts ----
+
+template <int kKeys>
+__device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared) {
   wait_for_predecessor();
   const unsigned launch = launch_number(program);
 #pragma unroll 1
@@ -128,7 +128,7 @@ __device__ __forceinline__ void choose(const LayerProgram& program, LayerShared&
     if (phase.kind != LayerPhaseKind::kGateUp) continue;
     // Until the block works on the router's projection, the phase before; the choice before is used up by then.
     while (*reinterpret_cast<volatile int*>(&shared.phase) < i - 1) __nanosleep(100);
-    route_rows<kKeys, kRows>(phase.gate_up, shared, launch, program.rows, chooser);
+    route_row<kKeys>(phase.gate_up, shared, launch);
   }
 }
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
-template <bool kFp8, int kRows>
+template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume(LayerConsumer& c) {
   const LayerProgram& program = c.program;
   wait_for_predecessor();
@@ -168,7 +168,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
         consume_router<kFp8, kRows>(phase.router, c);
         break;
       case LayerPhaseKind::kGateUp:
-        consume_gate_up<kFp8, kRows>(phase.gate_up, c);
+        consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
         break;
       case LayerPhaseKind::kDown:
         consume_down<kFp8, kRows>(phase.down, c);
@@ -188,8 +188,13 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
   }
 }
 
+static_assert(offsetof(LayerShared, full) == 0, "LayerConsumer");
 static_assert(offsetof(LayerShared, empty) == offsetof(LayerShared, full) + kLayerMaxSlots * 8, "LayerConsumer");
 static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so much for it");
+
+// Where a step has several rows: of 4 x 4 warps and of 4 that were launched with 96 each.
+inline constexpr int kConsumerRegisters = 112;
+inline constexpr int kProducerRegisters = 32;
 
 // A block of layer_threads(kRows). kKeys: experts of a lane in the router's choice.
 template <bool kFp8, int kRows, int kKeys>
@@ -198,7 +203,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   const int thread = threadIdx.x;
   uint8_t* const staged = memory + program.slots * kLayerSlotBytes;
   uint8_t* const partial = staged + kLayerWarps * program.staged_bytes;
-  LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + 2 * program.partial_bytes);
+  LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + layer_buffers(kRows) * program.partial_bytes);
   if (thread == 0) {
     for (int i = 0; i < program.slots; ++i) {
       barrier_init(shared_address(&shared.full[i]), 1);
@@ -206,6 +211,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
     }
     barrier_init(shared_address(&shared.routed), 1);
     barrier_init(shared_address(&shared.weighted), 1);
+    barrier_init(shared_address(&shared.added), kLayerWarps * kWarpArrivals);
     shared.phase = -1;
     publish_barriers();
   }
@@ -223,13 +229,19 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, thread / kWarp, 0);  // so that the compiler knows that it is the warp's
+  if (kRows > 1 && warp >= kLayerWarps) give_registers<kProducerRegisters>();
   if (warp == kLayerWarps) {
     if (thread == kLayerConsumers) produce(program, shared, shared_address(memory));
     return;
   }
-  if (warp > kLayerWarps) {
-    choose<kKeys, kRows>(program, shared, warp - kLayerWarps - 1);
-    return;
+  if constexpr (kRows == 1) {
+    if (warp > kLayerWarps) {
+      choose<kKeys>(program, shared);
+      return;
+    }
+  } else {
+    if (warp > kLayerWarps) return;
+    take_registers<kConsumerRegisters>();
   }
   LayerConsumer c = {program,
                      shared,
@@ -240,7 +252,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
                      shared_address(memory) + warp * kLayerTileChunk,
                      staged + warp * program.staged_bytes,
                      reinterpret_cast<float*>(partial)};
-  consume<kFp8, kRows>(c);
+  consume<kFp8, kRows, kKeys>(c);
 }
 
 }  // namespace tokenspeed::kernels::cuda

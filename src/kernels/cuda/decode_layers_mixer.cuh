@@ -62,38 +62,46 @@ struct MixerStaged {
   MixerProducts products[kDecodeTokens];
 };
 
-// What a thread knows before the projections: its state values, and its channel's tail.
-struct MixerAhead {
-  float4 state[2] = {};
-  float4 weight = {};
-  float tail[kMixerTaps - 1] = {};
-  float minus_rate = 0;
-  float dt_bias = 0;
-  float2 norm = {};  // weights of the warp's two rows
+// The last inputs of a thread's channel as they are loaded, so that nothing waits for the loads. They are needed first,
+// and known before the projections.
+struct MixerTail {
+  uint32_t v[kMixerTaps - 1] = {};  // bfloat16
 
   __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task) {
-    const int item = threadIdx.x;
     const int slot = shared.state_in[task.sequence];
-    if (slot >= 0) {
-      const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset();
-      state[0] = __ldcg(reinterpret_cast<const float4*>(from));
-      state[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
-    } else {
-      state[0] = {};
-      state[1] = {};
-    }
-    minus_rate = -__expf(p.a_log[task.head]);
-    dt_bias = p.dt_bias[task.head];
-    norm = *reinterpret_cast<const float2*>(p.norm_weight + task.part * kMixerRows + item / kWarp * 2);
-    if (item >= kMixerItems) return;
-    const int channel = task.channel(p, item);
-    weight = *reinterpret_cast<const float4*>(p.conv_weight + channel * kMixerTaps);
-    const bf16* const tails = reinterpret_cast<const bf16*>(p.conv + slot * p.slot_stride) + channel;
+    *this = {};
+    if (slot < 0 || threadIdx.x >= kMixerItems) return;
+    const unsigned short* const from =
+        reinterpret_cast<const unsigned short*>(p.conv + slot * p.slot_stride) + task.channel(p, threadIdx.x);
 #pragma unroll
-    for (int j = 0; j < kMixerTaps - 1; ++j) {
-      const unsigned short* const from = reinterpret_cast<const unsigned short*>(tails + j * mixer_channels(p));
-      tail[j] = slot >= 0 ? bf16_low(__ldcg(from)) : 0.0f;
-    }
+    for (int j = 0; j < kMixerTaps - 1; ++j) v[j] = __ldcg(from + j * mixer_channels(p));
+  }
+};
+// A thread's state values.
+struct MixerState {
+  float4 v[2] = {};
+
+  __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task) {
+    const int slot = shared.state_in[task.sequence];
+    if (slot < 0) return;
+    const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset();
+    v[0] = __ldcg(reinterpret_cast<const float4*>(from));
+    v[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
+  }
+};
+// What a thread knows of the layer.
+struct MixerWeights {
+  float4 conv = {};
+  float a_log = 0;
+  float dt_bias = 0;
+  float2 norm = {};  // of the warp's two rows
+
+  __device__ void fetch(const MixerPhase& p, const MixerTask& task) {
+    a_log = p.a_log[task.head];
+    dt_bias = p.dt_bias[task.head];
+    norm = *reinterpret_cast<const float2*>(p.norm_weight + task.part * kMixerRows + threadIdx.x / kWarp * 2);
+    if (threadIdx.x >= kMixerItems) return;
+    conv = *reinterpret_cast<const float4*>(p.conv_weight + task.channel(p, threadIdx.x) * kMixerTaps);
   }
 };
 
@@ -103,24 +111,26 @@ __device__ __forceinline__ float half_of(uint32_t pair, int index) {
 
 // The channels' convolutions and the head's gates, for all tokens of the sequence.
 template <int kRows>
-__device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerConsumer& c, MixerAhead& ahead,
-                                               const MixerTask& task, int begin, int tokens, MixerStaged& s) {
+__device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerConsumer& c, const MixerTail& last,
+                                               const MixerWeights& weights, const MixerTask& task, int begin, int tokens,
+                                               MixerStaged& s) {
   const int item = threadIdx.x;
   if (c.warp >= kMixerItems / kWarp) {
     // Warp 9's lanes have a token each.
     static_assert(kMixerItems % kWarp == 0, "whole warps");
     const int t = item - kMixerItems;
     const int row = begin + t;
+    const float minus_rate = -__expf(weights.a_log);
     float gate[2] = {};
     gather_words<2, 2>(
         c.launch, t < tokens ? 2 : 0,
         [&](int i) { return (i == 0 ? p.b + row * p.b_stride : p.a + row * p.a_stride) + (task.head >> 1); },
         [&](int i, uint32_t pair) { gate[i] = half_of(pair, task.head); });
     if (t >= tokens) return;
-    const float a = gate[1] + ahead.dt_bias;
+    const float a = gate[1] + weights.dt_bias;
     const float softplus = a > 20.0f ? a : __logf(1.0f + __expf(a));
     s.beta[t] = sigmoid(gate[0]);
-    s.decay[t] = __expf(ahead.minus_rate * softplus);
+    s.decay[t] = __expf(minus_rate * softplus);
     return;
   }
   const int channel = task.channel(p, item);
@@ -130,13 +140,16 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
                                            : &s.v[0][item - 2 * kMixerDim];
   const int stride = item < 2 * kMixerDim ? kMixerDim : kMixerRows;
   const auto address = [&](int t) { return from + min(t, tokens - 1) * p.qkv_stride; };
+  float tail[kMixerTaps - 1];
+#pragma unroll
+  for (int j = 0; j < kMixerTaps - 1; ++j) tail[j] = bf16_low(last.v[j]);
   const auto take = [&](int t, uint32_t pair) {
     const float u = half_of(pair, channel);
-    const float4& w = ahead.weight;
-    to[t * stride] = silu(w.x * ahead.tail[0] + w.y * ahead.tail[1] + w.z * ahead.tail[2] + w.w * u);
-    ahead.tail[0] = ahead.tail[1];
-    ahead.tail[1] = ahead.tail[2];
-    ahead.tail[2] = u;
+    const float4& w = weights.conv;
+    to[t * stride] = silu(w.x * tail[0] + w.y * tail[1] + w.z * tail[2] + w.w * u);
+    tail[0] = tail[1];
+    tail[1] = tail[2];
+    tail[2] = u;
   };
   if (kRows == 1 || tokens == 1) {
     gather_words<1, 1>(c.launch, 1, address, take);
@@ -218,65 +231,93 @@ __device__ __forceinline__ float mixer_rule(const MixerStaged& s, int t, float4 
 }
 
 template <int kRows>
-__device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer& c) {
+__device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, const MixerTask& task,
+                                         const MixerTail& tail) {
   static_assert(sizeof(MixerStaged) <= layer_batch_tiles(kRows) * layer_tile_floats(kRows) * 4, "part sums' buffer");
-  MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer());
+  MixerStaged& s = *reinterpret_cast<MixerStaged*>(c.buffer<kRows>());
   const int lane = threadIdx.x % kWarp;
   const int warp = c.warp;
+  const int begin = c.shared.token_begin[task.sequence];
+  // Known to the compiler to be the warp's.
+  const int tokens = __shfl_sync(~0u, c.shared.token_begin[task.sequence + 1] - begin, 0);
+  if (tokens == 0) return;
+  MixerState state;
+  state.fetch(p, c.shared, task);
+  MixerWeights weights;
+  weights.fetch(p, task);
+  // The gates of the warp's two rows, of token `lane`; asked for first, as they are there in all tasks but a block's
+  // first one.
+  const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
+  const uint2* const gates = p.z + (begin + lane) * p.z_stride + pair_at;
+  uint2 z = {0, c.launch};
+  if (lane < tokens) z = load_word(gates);
+  mixer_convolve<kRows>(p, c, tail, weights, task, begin, tokens, s);
+  while (!__all_sync(~0u, z.y == c.launch)) {
+    if (lane < tokens) z = load_word(gates);
+  }
+  c.mark(1);
+  consumer_barrier();
+  c.mark(2);
+  float o = 0;  // of the lane's token, one of the warp's rows in each half
+  if (kRows == 1 || tokens == 1) {
+    o = mixer_rule<true>(s, 0, state.v);
+  } else {
+    if (warp < tokens) prepare_products(s, warp);
+    consumer_barrier();
+#pragma unroll 1
+    for (int t = 0; t < tokens; ++t) {
+      const float made = mixer_rule<false>(s, t, state.v);
+      if (lane % kMixerLanes == t) o = made;
+    }
+  }
+  const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
+  if (lane < tokens) {
+    store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
+               pack_bf16(o * weights.norm.x * silu(bf16_low(z.x)),
+                         second * weights.norm.y * silu(bf16_high(z.x))),
+               c.launch);
+    c.shared.mixer_squares[lane][warp] = o * o + second * second;
+  }
+  c.mark(3);
+  consumer_barrier();
+  if (threadIdx.x < tokens) {
+    const float sum = add_parts(c.shared.mixer_squares[threadIdx.x]);
+    store_word(p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts +
+                   task.part,
+               __float_as_uint(sum), c.launch);
+  }
+  std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
+  *reinterpret_cast<float4*>(to) = state.v[0];
+  *reinterpret_cast<float4*>(to + 256) = state.v[1];
+}
+
+template <int kRows>
+__device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer& c) {
   const int tasks = c.program.batch.sequences * p.value_heads * kMixerParts;
+  c.begin_batch<kRows>();
+  if constexpr (kRows == 1) {
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
-    const MixerTask task(p, index);
-    MixerAhead ahead;
-    ahead.fetch(p, c.shared, task);
-    const int begin = c.shared.token_begin[task.sequence];
-    // Known to the compiler to be the warp's.
-    const int tokens = __shfl_sync(~0u, c.shared.token_begin[task.sequence + 1] - begin, 0);
-    if (tokens == 0) continue;
-    mixer_convolve<kRows>(p, c, ahead, task, begin, tokens, s);
-    // The gates of the warp's two rows, of token `lane`.
-    const int64_t pair_at = (task.head * kMixerDim + task.part * kMixerRows) / 2 + warp;
-    uint32_t z = 0;
-    gather_words<1, 1>(
-        c.launch, lane < tokens, [&](int) { return p.z + (begin + lane) * p.z_stride + pair_at; },
-        [&](int, uint32_t pair) { z = pair; });
-    c.mark(1);
-    consumer_barrier();
-    c.mark(2);
-    float o = 0;  // of the lane's token, one of the warp's rows in each half
-    if (kRows == 1 || tokens == 1) {
-      o = mixer_rule<true>(s, 0, ahead.state);
-    } else {
-      if (warp < tokens) prepare_products(s, warp);
-      consumer_barrier();
+    for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
+      const MixerTask task(p, index);
+      MixerTail tail;
+      tail.fetch(p, c.shared, task);
+      mix_task<kRows>(p, c, task, tail);
+    }
+  } else {
+    // With several sequences a block has several tasks: a round fetches for the next one, the first does nothing else.
+    const int blocks = static_cast<int>(gridDim.x);
+    MixerTail next;
 #pragma unroll 1
-      for (int t = 0; t < tokens; ++t) {
-        const float made = mixer_rule<false>(s, t, ahead.state);
-        if (lane % kMixerLanes == t) o = made;
-      }
+    for (int index = static_cast<int>(blockIdx.x) - blocks; index < tasks; index += blocks) {
+      const MixerTail tail = next;
+      if (index + blocks < tasks) next.fetch(p, c.shared, MixerTask(p, index + blocks));
+      if (index >= 0) mix_task<kRows>(p, c, MixerTask(p, index), tail);
     }
-    const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
-    if (lane < tokens) {
-      store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
-                 pack_bf16(o * ahead.norm.x * silu(bf16_low(z)), second * ahead.norm.y * silu(bf16_high(z))), c.launch);
-      c.shared.mixer_squares[lane][warp] = o * o + second * second;
-    }
-    c.mark(3);
-    consumer_barrier();
-    if (threadIdx.x < tokens) {
-      const float sum = add_parts(c.shared.mixer_squares[threadIdx.x]);
-      store_word(
-          p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts + task.part,
-          __float_as_uint(sum), c.launch);
-    }
-    std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
-    *reinterpret_cast<float4*>(to) = ahead.state[0];
-    *reinterpret_cast<float4*>(to + 256) = ahead.state[1];
   }
   // Without a task nothing else keeps this block's warps from the part sums of the projection before.
   if (blockIdx.x >= tasks) consumer_barrier();
   c.mark(4);
-  ++c.batch;
+  c.end_batch<kRows>();
 }
 
 // The last three inputs of every channel, to the conv state. All blocks must have read the tails before, which the

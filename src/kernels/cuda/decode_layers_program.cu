@@ -138,7 +138,8 @@ int LayerProgramWriter::partial_bytes(int columns) const {
 }
 // Shared memory beside the ring.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
-  return kLayerSharedReserve + size_t{kLayerWarps} * staged_bytes(columns) + size_t{2} * partial_bytes(columns);
+  return kLayerSharedReserve + size_t{kLayerWarps} * staged_bytes(columns) +
+         static_cast<size_t>(layer_buffers(columns) * partial_bytes(columns));
 }
 // Whether the phases so far leave room for a ring, whatever the number of rows: a row's bits must not depend on it.
 bool LayerProgramWriter::fits() const {

@@ -27,7 +27,7 @@
 
 namespace tokenspeed::kernels::cuda {
 
-inline constexpr int kLayerWarps = 16;  // that compute; one more copies, others choose experts
+inline constexpr int kLayerWarps = 16;  // that compute; one more copies, and one may choose experts
 inline constexpr int kLayerConsumers = kLayerWarps * 32;
 inline constexpr int kLayerTileRows = 16;
 inline constexpr int kLayerChunkBytes = 128;
@@ -37,19 +37,21 @@ inline constexpr int kLayerMaxSlots = 6;
 inline constexpr int kLayerSegments = 4;
 inline constexpr int kLayerMaxPhases = 24;
 inline constexpr int kLayerMaxMaps = 48;
-inline constexpr int kLayerRouterRows = 4;      // rows of the router that one block takes, at most
-inline constexpr int kLayerPartialStride = 20;  // floats of a row's 16 part sums; 20 keeps vectors in different banks
+inline constexpr int kLayerRouterRows = 4;  // rows of the router that one block takes, at most
 
 // columns, here and below: rows of the step, rounded up to 1, 2, 4 or 8.
-// Warps that choose experts; no more than there are registers for.
-__host__ __device__ constexpr int layer_choosers(int columns) { return columns == 1 ? 1 : columns == 2 ? 2 : 3; }
-__host__ __device__ constexpr int layer_threads(int columns) {
-  return kLayerConsumers + (1 + layer_choosers(columns)) * 32;
-}
+// One row's experts are chosen by a warp of its own, several rows' by as many of the computing warps: those take the
+// registers of the warp that copies and of three beside it, as registers change hands between groups of four warps.
+__host__ __device__ constexpr int layer_threads(int columns) { return kLayerConsumers + (columns == 1 ? 2 : 4) * 32; }
+// Floats from an element's 16 part sums to the next one's; 20 keeps vectors in different banks. Of several rows there
+// is less room, and part_place() does.
+__host__ __device__ constexpr int layer_partial_stride(int columns) { return columns == 1 ? 20 : 16; }
+// Buffers of part sums: in turn, or the next batch waits until the sums of the last one are added.
+__host__ __device__ constexpr int layer_buffers(int columns) { return columns == 1 ? 2 : 1; }
 // The tile's part sums of one batch of tiles.
 __host__ __device__ constexpr int layer_batch_tiles(int columns) { return columns <= 2 ? 8 : columns == 4 ? 4 : 2; }
 __host__ __device__ constexpr int layer_tile_floats(int columns) {
-  return kLayerTileRows * columns * kLayerPartialStride;
+  return kLayerTileRows * columns * layer_partial_stride(columns);
 }
 // Slots of a down projection whose activations a warp stages at a time.
 __host__ __device__ constexpr int layer_down_slots(int columns) { return columns >= 4 ? 1 : 4 / columns; }
@@ -195,7 +197,7 @@ struct LayerProgram {
   int map_count;
   int slots;
   int staged_bytes;   // of one warp
-  int partial_bytes;  // of one of the two buffers
+  int partial_bytes;  // of one of the layer_buffers()
   bool updates_x;
 };
 static_assert(sizeof(LayerProgram) < 32 * 1024, "it is a kernel parameter");

@@ -281,7 +281,7 @@ template <int kRows>
 __device__ __forceinline__ void finish_projection(const ProjectPhase& p, LayerConsumer& c,
                                                   const ProjectOutput<kRows>& out, float scale) {
   if (c.warp * kWarp >= layer_batch_tiles(kRows) * out.kOutputs) return;
-  float value = add_parts(c.buffer() + threadIdx.x * kLayerPartialStride) * scale;
+  float value = add_element<kRows>(c.buffer<kRows>(), threadIdx.x) * scale;
   if (p.norm_weight != nullptr) {
     value *= inverse_norm(c.shared, threadIdx.x % out.kOutputs / kLayerTileRows, p.k, p.epsilon);
   }
@@ -322,6 +322,7 @@ __device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int tu
     c.release(slot);
     if (++s < turns) continue;
     s = 0;
+    c.begin_batch<kRows>();
     store_parts<kRows>(parts, c.warp, acc);
     parts += layer_tile_floats(kRows);
 #pragma unroll
@@ -340,6 +341,7 @@ __device__ __forceinline__ void stream_wide_tile(LayerConsumer& c, int turns, bo
     if (active) multiply_wide_turn<kRows>(acc, w, c.staged, s, c.rows);
     c.release(slot);
   }
+  c.begin_batch<kRows>();
   store_parts<kRows>(parts, c.warp, acc);
 }
 
@@ -371,15 +373,17 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
       }
     }
     ProjectOutput<kRows> out;
-    out.locate(p, c.rows, c.program.hidden, first);
+    if constexpr (kRows == 1) out.locate(p, c.rows, c.program.hidden, first);
     if (first == 0 && active) {
       const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
       stage_input<kFp8, kRows, true>(
           in, p.norm_weight, c, squares, [](int) {}, [](int, int, const float(&)[kLaneValues<kFp8>]) {});
       c.mark(1);
     }
+    // Later than a single row's, as the rows' loads take all registers.
+    if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first);
     const int count = max(min(kBatch, own - first), 0);
-    float* const parts = c.buffer();
+    float* const parts = c.buffer<kRows>();
     stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first & lane_tiles_mask) << log_turns,
                                      parts);
     if constexpr (kFp8) {
@@ -393,7 +397,7 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
     consumer_barrier();
     c.mark(3);
     finish_projection<kRows>(p, c, out, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
-    ++c.batch;
+    c.end_batch<kRows>();
     first += kBatch;
   } while (first < all);
   c.mark(4);
@@ -444,7 +448,8 @@ __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsum
     const int output = blockIdx.x + threadIdx.x / kRows * gridDim.x;
     if (t < c.rows && output < outputs) to = p.logits + t * (p.experts + 1) + output;
   }
-  float* const parts = c.buffer();  // [row of the block][row of the step][warp]
+  float* const parts = c.buffer<kRows>();  // of elements: row of the block, row of the step
+  c.begin_batch<kRows>();
 #pragma unroll 1
   for (int first_row = 0; first_row < kLayerRouterRows; first_row += kPass) {
     if (first_row > 0 && blockIdx.x + first_row * gridDim.x >= outputs) break;
@@ -467,18 +472,19 @@ __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsum
     squares.publish(c);
     const float sum = warp_sums(dots);
     if (is_lane_of_sum<kPass * kRows>()) {
-      parts[(first_row * kRows + sum_of_lane<kPass * kRows>()) * kLayerPartialStride + c.warp] = sum;
+      const int element = first_row * kRows + sum_of_lane<kPass * kRows>();
+      parts[element * layer_partial_stride(kRows) + part_place<kRows>(element, c.warp)] = sum;
     }
   }
   c.mark(2);
   consumer_barrier();
   c.mark(3);
   if (to != nullptr) {
-    const float sum = add_parts(parts + threadIdx.x * kLayerPartialStride);
+    const float sum = add_element<kRows>(parts, threadIdx.x);
     store_word(to, __float_as_uint(sum * inverse_norm(c.shared, threadIdx.x % kRows, p.k, p.epsilon)), c.launch);
   }
   c.mark(4);
-  ++c.batch;
+  c.end_batch<kRows>();
 }
 
 }  // namespace tokenspeed::kernels::cuda
