@@ -3,6 +3,7 @@
 //
 //   prefill_ops_bench [--rows T] [--context N] [--sequences S] [--dtype fp8|bf16]
 //                     [--kv-cache-dtype fp8|bf16]
+//   prefill_ops_bench --mixer T,T,... [--context N] [--sequences S]    the stages of the delta rule's mixer alone
 //
 // One sequence of T rows after N tokens (or S of them). Medians of event-timed calls; FLOP/s against 790 TFLOP/s (a
 // large bfloat16 product of this machine) and the bytes an op must move against 4.6 TB/s.
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <sstream>
 #include <string>
 
 #include "bench/device_data.cuh"
@@ -41,6 +43,7 @@ struct Options {
   int64_t sequences = 1;
   bool fp8 = true;
   bool kv_fp8 = false;
+  std::vector<int64_t> mixer_rows;
 };
 
 Options parse(int argc, char** argv) {
@@ -52,6 +55,10 @@ Options parse(int argc, char** argv) {
     if (name == "--sequences") options.sequences = atoll(argv[i + 1]);
     if (name == "--dtype") options.fp8 = strcmp(argv[i + 1], "bf16") != 0;
     if (name == "--kv-cache-dtype") options.kv_fp8 = strcmp(argv[i + 1], "fp8") == 0;
+    if (name == "--mixer") {
+      std::istringstream list(argv[i + 1]);
+      for (std::string rows; std::getline(list, rows, ',');) options.mixer_rows.push_back(atoll(rows.c_str()));
+    }
   }
   return options;
 }
@@ -104,8 +111,7 @@ class Bench {
   }
 
   void run() {
-    printf("T=%lld context=%lld sequences=%lld %s\n", static_cast<long long>(o_.rows),
-           static_cast<long long>(o_.context), static_cast<long long>(o_.sequences), o_.fp8 ? "fp8" : "bf16");
+    print_case();
     norm();
     gdn();
     attention();
@@ -113,7 +119,16 @@ class Bench {
     printf("sum over layers (without embedding and head): %.2f ms\n", table_.total());
   }
 
+  void run_mixer() {
+    print_case();
+    mixer();
+  }
+
  private:
+  void print_case() const {
+    printf("T=%lld context=%lld sequences=%lld %s\n", static_cast<long long>(o_.rows),
+           static_cast<long long>(o_.context), static_cast<long long>(o_.sequences), o_.fp8 ? "fp8" : "bf16");
+  }
   double rows() const { return static_cast<double>(o_.rows); }
   static Rows part(Rows rows, int64_t column) {
     rows.data = static_cast<std::byte*>(rows.data) + column * 2;
@@ -147,11 +162,18 @@ class Bench {
   }
 
   void gdn() {
-    const GdnShape shape{kKeyHeads, kValueHeads, 128, 128, 4};
-    const int64_t values = kValueHeads * 128;
-    linear("gdn in_proj qkv+z", kGdnLayers, shape.channels() + values, kHidden, o_.fp8);
+    constexpr int64_t kKeys = kKeyHeads * 128, kValues = kValueHeads * 128;
+    linear("gdn in_proj qkv+z", kGdnLayers, 2 * kKeys + 2 * kValues, kHidden, o_.fp8);
     linear("gdn in_proj b+a", kGdnLayers, 2 * kValueHeads, kHidden, false);
     if (o_.fp8) quantize(kHidden);
+    mixer();
+    linear("gdn out_proj", kGdnLayers, kHidden, kValues, o_.fp8);
+    if (o_.fp8) quantize(kValues);
+  }
+
+  void mixer() {
+    const GdnShape shape{kKeyHeads, kValueHeads, 128, 128, 4};
+    const int64_t values = kValueHeads * 128;
     const int64_t recurrent = values * 128 * 4, slot = recurrent + 3 * shape.channels() * 2;
     std::byte* const slots = static_cast<std::byte*>(a_.filled(slot * o_.sequences, Fill::kBf16, 0.1f));
     const GdnState state{slots, slots + recurrent, DType::kBFloat16, slot};
@@ -189,8 +211,6 @@ class Bench {
         norm,  1e-6f,  out,   workspace};
     table_.add("gdn_mixer", kGdnLayers, rule_flops, rows() * (shape.channels() + 2 * values) * 2,
                bench::time_microseconds([&] { cuda::gdn_mixer(mixer, nullptr); }));
-    linear("gdn out_proj", kGdnLayers, kHidden, values, o_.fp8);
-    if (o_.fp8) quantize(values);
   }
 
   void attention() {
@@ -276,6 +296,12 @@ class Bench {
 int main(int argc, char** argv) {
   const Options options = parse(argc, argv);
   Arena arena(int64_t{24} << 30);
-  Bench(options, &arena).run();
+  if (options.mixer_rows.empty()) Bench(options, &arena).run();
+  for (const int64_t rows : options.mixer_rows) {
+    Options alone = options;
+    alone.rows = rows;
+    arena.reset();
+    Bench(alone, &arena).run_mixer();
+  }
   return 0;
 }
