@@ -285,7 +285,10 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
   const int head = blockIdx.y;
   const int sequence = blockIdx.z;
   const int count = chunks(args.batch, sequence);
-  if (count == 0) return;
+  if (count == 0) {
+    wait_for_predecessor();  // who follows relies on the end of this launch for the end of the one before
+    return;
+  }
   int64_t first_chunk = 0;
   for (int s = 0; s < sequence; ++s) first_chunk += chunks(args.batch, s);
 
