@@ -12,14 +12,14 @@ namespace {
 constexpr int kStateWarps = 2;
 constexpr int kBlockValues = 16 * kStateWarps;
 constexpr int kWalkThreads = (2 * kStateWarps + 1) * kWarp;  // state warps, output warps, the warp that fetches
-constexpr int kStages = 3;
+constexpr int kStages = 4;
 constexpr int kFragments = (kSteps + kTiles) * 4;  // of S and of D, words per lane
 
 struct Stage {
   alignas(1024) bf16 keys[2][kChunk][kHalfRow];
   alignas(1024) bf16 queries[2][kChunk][kHalfRow];
   alignas(1024) bf16 values[kChunk][kBlockValues];
-  alignas(16) ChunkMatrices matrices;
+  ChunkMatrices matrices;
 };
 constexpr uint32_t kStageBytes = 4 * kHalfBytes + kChunk * kBlockValues * 2 + sizeof(ChunkMatrices);
 
@@ -89,16 +89,16 @@ __device__ inline void multiply_rows(float (&d)[2 * kTiles][4], const uint32_t (
   }
 }
 
-// d[16 x 64] += a[16 x 64] m^T for a lower triangular m in shared memory.
+// d[16 x 64] += a[16 x 64] m^T for T or P in shared memory.
 __device__ inline void multiply_lower(float (&d)[2 * kTiles][4], const uint32_t (&a)[kTiles][4], uint32_t m) {
   const int lane = threadIdx.x % kWarp;
-  const uint32_t from = m + (lane % 8 + lane / 16 * 8) * (kPitch * 2) + lane / 8 % 2 * 16;
+  const uint32_t from = m + block_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
     for (int n = k; n < kTiles; ++n) {
       uint32_t b[4];
-      load_matrices(b, from + n * 16 * kPitch * 2 + k * 32);
+      load_matrices(b, from + lower_block(n, k));
       multiply_add(d[2 * n], a[k], b[0], b[1]);
       multiply_add(d[2 * n + 1], a[k], b[2], b[3]);
     }

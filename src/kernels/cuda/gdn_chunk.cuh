@@ -24,14 +24,23 @@ inline constexpr int kSteps = kDim / 16;
 inline constexpr int kHalfRow = 64;  // keys and queries arrive in halves of 64 columns, 128 bytes
 inline constexpr int kHalfBytes = kChunk * kHalfRow * 2;
 
-// What the first kernel leaves for one chunk and value head. Rows are 144 bytes apart, so that eight of them lie in
-// different banks once they are copied to shared memory as they are.
-inline constexpr int kPitch = kChunk + 8;
+// A lower triangular matrix of one chunk is ten blocks of 16 x 16, 512 bytes each: a column of blocks after the other,
+// each from its diagonal block down, so that its rows of 32 bytes lie one after the other.
+inline constexpr int kSide = 16;
+inline constexpr int kSideBytes = kSide * 2;
+inline constexpr int kBlockBytes = kSide * kSideBytes;
+inline constexpr int kLowerBytes = kTiles * (kTiles + 1) / 2 * kBlockBytes;
+// Byte offset of block (i, j).
+__device__ constexpr int lower_block(int i, int j) { return (j * (2 * kTiles - 1 - j) / 2 + i) * kBlockBytes; }
+// Byte offset of 16-byte chunk `chunk` of a block's row: eight rows' equal chunks lie in different banks.
+__device__ inline int block_offset(int row, int chunk) { return row * kSideBytes + ((chunk ^ (row / 4 & 1)) << 4); }
+
+// What the first kernel leaves for one chunk and value head.
 struct ChunkMatrices {
-  bf16 solve[kChunk][kPitch];   // T
-  bf16 attend[kChunk][kPitch];  // P; of neither are the 16 x 16 blocks above the diagonal written
-  float grown[kChunk];          // e^G_i
-  float rest[kChunk];           // e^(G_63 - G_i)
+  alignas(256) unsigned char solve[kLowerBytes];   // T
+  alignas(256) unsigned char attend[kLowerBytes];  // P
+  float grown[kChunk];                             // e^G_i
+  float rest[kChunk];                              // e^(G_63 - G_i)
 };
 static_assert(sizeof(ChunkMatrices) % 16 == 0, "one bulk copy");
 

@@ -4,7 +4,8 @@
 // of the inverse per thread in fp32 registers, those below from right to left on the tensor cores,
 //   X_ij = -(sum of X_ik A_kj over j < k <= i) X_jj.
 // Factors are sums of two bfloat16, so that a product is exact but for 2^-17 of its terms: T is rounded once, at its
-// end. Decays are taken as powers of two. Bytes: keys and queries once, T and P of each value head.
+// end. Decays are taken as powers of two. Bytes: keys and queries once, of T and P of each value head the blocks up to
+// the diagonal.
 #include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gdn_chunk.cuh"
@@ -31,17 +32,11 @@ __device__ inline bool find_chunk(const SequenceBatch& batch, int index, Chunk* 
 constexpr int kPrepareThreads = 128;
 constexpr int kPrepareBlocks = 6;  // of a multiprocessor
 constexpr int kHeadsAtOnce = kPrepareThreads / kChunk;
-constexpr int kSide = 16;
-constexpr int kLowerBlocks = kTiles * (kTiles + 1) / 2;
-
-__device__ constexpr int lower_block(int i, int j) { return i * (i + 1) / 2 + j; }
-// Byte offset of 16-byte chunk `chunk` of a block's row: eight rows' equal chunks lie in different banks.
-__device__ inline int block_offset(int row, int chunk) { return row * kSide * 2 + ((chunk ^ (row / 4 & 1)) << 4); }
 
 // One value head's A below the diagonal blocks and X in them, as high + low; A of the diagonal blocks, transposed.
 struct Triangle {
-  unsigned char high[kLowerBlocks][kSide * kSide * 2];
-  unsigned char low[kLowerBlocks][kSide * kSide * 2];
+  unsigned char high[kLowerBytes];
+  unsigned char low[kLowerBytes];
   float diagonal[kTiles][kSide * kSide + kSide];  // neighbouring blocks' rows lie in different banks
 };
 struct PrepareShared {
@@ -177,6 +172,7 @@ __device__ inline void scale_products(const float (&kk)[kWarpTiles][4], const fl
     const int j = column * 8 + lane % 4 * 2;
     const float2 sum_j = *reinterpret_cast<const float2*>(sum + j);
     const bool diagonal = column / 2 == row;
+    const int block = lower_block(row, column / 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int block_row = lane / 4 + 8 * half;
@@ -190,17 +186,16 @@ __device__ inline void scale_products(const float (&kk)[kWarpTiles][4], const fl
         a[e] = beta_i * factor[e] * kk[t][2 * half + e];
         p[e] = factor[e] * qk[t][2 * half + e];
       }
-      *reinterpret_cast<uint32_t*>(&out->attend[i][j]) = pack_bf16(p[0], p[1]);
+      const int offset = block + block_offset(block_row, column % 2) + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(out->attend + offset) = pack_bf16(p[0], p[1]);
       if (diagonal) {
         float* const to = triangle->diagonal[row] + j % kSide * kSide + block_row;
         to[0] = a[0];
         to[kSide] = a[1];
       } else {
-        const int block = lower_block(row, column / 2);
-        const int offset = block_offset(block_row, column % 2) + lane % 4 * 4;
         const SplitPair pair = split(a[0], a[1]);
-        *reinterpret_cast<uint32_t*>(triangle->high[block] + offset) = pair.high;
-        *reinterpret_cast<uint32_t*>(triangle->low[block] + offset) = pair.low;
+        *reinterpret_cast<uint32_t*>(triangle->high + offset) = pair.high;
+        *reinterpret_cast<uint32_t*>(triangle->low + offset) = pair.low;
       }
     }
   }
@@ -235,13 +230,10 @@ __device__ inline void invert_diagonal_row(Triangle* triangle, int block, int ro
       pairs[i] = split(x[j], x[j + 1]);
       solved[i] = pack_bf16(x[j] * scale[j], x[j + 1] * scale[j + 1]);
     }
-    const int index = lower_block(block, block);
-    const int offset = block_offset(row, chunk);
-    *reinterpret_cast<uint4*>(triangle->high[index] + offset) = {pairs[0].high, pairs[1].high, pairs[2].high,
-                                                                 pairs[3].high};
-    *reinterpret_cast<uint4*>(triangle->low[index] + offset) = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
-    *reinterpret_cast<uint4*>(&out->solve[block * kSide + row][block * kSide + chunk * 8]) = {solved[0], solved[1],
-                                                                                              solved[2], solved[3]};
+    const int offset = lower_block(block, block) + block_offset(row, chunk);
+    *reinterpret_cast<uint4*>(triangle->high + offset) = {pairs[0].high, pairs[1].high, pairs[2].high, pairs[3].high};
+    *reinterpret_cast<uint4*>(triangle->low + offset) = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
+    *reinterpret_cast<uint4*>(out->solve + offset) = {solved[0], solved[1], solved[2], solved[3]};
   }
 }
 
@@ -264,10 +256,10 @@ __device__ inline SplitOperand as_split_operand(const float (&d)[2][4]) {
 // d += x y, y one of the triangle's blocks.
 __device__ inline void multiply_block(float (&d)[2][4], const SplitOperand& x, const Triangle& triangle, int block) {
   const int lane = threadIdx.x % kWarp;
-  const int offset = block_offset(lane % kSide, lane / kSide);
+  const int offset = block + block_offset(lane % kSide, lane / kSide);
   uint32_t high[4], low[4];
-  load_matrices_transposed(high, shared_address(triangle.high[block]) + offset);
-  load_matrices_transposed(low, shared_address(triangle.low[block]) + offset);
+  load_matrices_transposed(high, shared_address(triangle.high) + offset);
+  load_matrices_transposed(low, shared_address(triangle.low) + offset);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) multiply_add(d[tile], x.low, high[2 * tile], high[2 * tile + 1]);
 #pragma unroll
@@ -281,11 +273,11 @@ __device__ inline void store_solved(const float (&x)[2][4], int i, int j, const 
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
-    const int column = j * kSide + tile * 8 + lane % 4 * 2;
-    const float2 scale = *reinterpret_cast<const float2*>(beta + column);
+    const float2 scale = *reinterpret_cast<const float2*>(beta + j * kSide + tile * 8 + lane % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(&out->solve[i * kSide + lane / 4 + 8 * half][column]) =
+      const int offset = lower_block(i, j) + block_offset(lane / 4 + 8 * half, tile) + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(out->solve + offset) =
           pack_bf16(x[tile][2 * half] * scale.x, x[tile][2 * half + 1] * scale.y);
     }
   }
@@ -296,9 +288,9 @@ template <int kRow>
 __device__ inline void invert_row(const Triangle& triangle, const float* beta, ChunkMatrices* out) {
   const int lane = threadIdx.x % kWarp;
   SplitOperand x[kRow + 1];
-  const int offset = block_offset(lane % kSide, lane / kSide);
-  load_matrices(x[kRow].high, shared_address(triangle.high[lower_block(kRow, kRow)]) + offset);
-  load_matrices(x[kRow].low, shared_address(triangle.low[lower_block(kRow, kRow)]) + offset);
+  const int offset = lower_block(kRow, kRow) + block_offset(lane % kSide, lane / kSide);
+  load_matrices(x[kRow].high, shared_address(triangle.high) + offset);
+  load_matrices(x[kRow].low, shared_address(triangle.low) + offset);
 #pragma unroll
   for (int j = kRow - 1; j >= 0; --j) {
     float sum[2][4] = {};
@@ -321,8 +313,10 @@ __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
   // Launched plainly, so all that earlier launches wrote is there for the walk as well, which waits for T and P alone.
   allow_successor();
+  // From the last chunk to the first: what was read and written last is still in L2 when the walk begins with it.
+  const int index = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   Chunk chunk;
-  if (!find_chunk(args.batch, blockIdx.y, &chunk)) return;
+  if (!find_chunk(args.batch, index, &chunk)) return;
   const int key_head = blockIdx.x;
   const int value_heads = static_cast<int>(args.shape.value_heads);
   const int group = value_heads / static_cast<int>(args.shape.key_heads);
@@ -355,7 +349,7 @@ __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
     const bool active = first + slot < group;
     if (kManyHeads && first > 0) sum_gates(args, chunk, first_head + slot, active, shared);
     __syncthreads();  // triangles take the place of keys and queries, or of the triangles before
-    ChunkMatrices* const out = matrices + static_cast<int64_t>(blockIdx.y) * value_heads + first_head;
+    ChunkMatrices* const out = matrices + static_cast<int64_t>(index) * value_heads + first_head;
 #pragma unroll 1
     for (int s = 0; s < min(kHeadsAtOnce, group - first); ++s) {
       scale_products(kk, qk, tiles, shared.sum[s], shared.beta[s], &shared.triangles[s], out + s);
