@@ -1,7 +1,9 @@
 #include "runtime/cuda/cuda_call.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "kernels/cuda/attention.h"
@@ -123,35 +125,81 @@ Status execute(const CudaProgram& program, const CudaRank& rank, const CudaStep&
   return cuda_check(cudaPeekAtLastError(), "launching the kernel");
 }
 
+// How many of an operation's addresses are among a launch's parameters.
+struct KnownAddresses {
+  int own = 0;     // of weights and caches
+  int values = 0;  // in the arena, where others have theirs at other times
+};
+
+KnownAddresses known_addresses(const CudaProgram& program, const CudaRank& rank, const Operation& op,
+                               const std::set<uint64_t>& words) {
+  const auto known = [&](const void* address) {
+    return address != nullptr && words.contains(reinterpret_cast<uint64_t>(address)) ? 1 : 0;
+  };
+  KnownAddresses found;
+  for (size_t i = 0; i < op.weights.size(); ++i) {
+    const kernels::Matrix& matrix = program.weight(op, i).matrix;
+    found.own += known(matrix.data) + known(matrix.scale);
+  }
+  const compile::Attributes& a = op.attributes;
+  if (a.kv_layer != compile::kNone) found.own += known(rank.caches->kv(a.kv_layer).keys);
+  if (a.state_layer != compile::kNone) found.own += known(rank.caches->state(a.state_layer).recurrent);
+  for (const int32_t value : op.inputs) found.values += known(program.rows(rank, value).data);
+  for (const int32_t value : op.outputs) found.values += known(program.rows(rank, value).data);
+  return found;
+}
+
 }  // namespace
 
 std::string describe_operation(const compile::Program& program, int32_t index) {
   const Operation& op = program.operations[index];
-  return "operation " + std::to_string(index) + " '" + op.name + "' of layer " + std::to_string(op.layer);
+  const std::string layer = op.layer == compile::kNone ? "" : " of layer " + std::to_string(op.layer);
+  return "operation " + std::to_string(index) + " '" + op.name + "'" + layer;
 }
 
-int32_t find_operation(const CudaProgram& program, const CudaRank& rank, std::span<const uint64_t> parameters) {
-  const auto known = [&](const void* address) {
-    const auto word = reinterpret_cast<uint64_t>(address);
-    return word != 0 && std::find(parameters.begin(), parameters.end(), word) != parameters.end() ? 1 : 0;
+std::string describe_operations(const compile::Program& program, std::span<const OperationPart> parts) {
+  const auto [first, last] = std::minmax_element(
+      parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.operation < b.operation; });
+  if (first->operation == last->operation) return describe_operation(program, first->operation);
+  const auto numbered = [&](const OperationPart& part) {
+    return std::to_string(part.operation) + " '" + program.operations[part.operation].name + "'";
   };
-  int32_t best = compile::kNone;
-  std::pair<int, int> best_found = {0, 0};
-  for (int32_t i = 0; i < static_cast<int32_t>(program.program().operations.size()); ++i) {
-    const Operation& op = program.program().operations[i];
-    std::pair<int, int> found = {0, 0};
-    for (size_t w = 0; w < op.weights.size(); ++w) {
-      const kernels::Matrix& matrix = program.weight(op, w).matrix;
-      found.first += known(matrix.data) + known(matrix.scale);
+  const int32_t from = program.operations[first->operation].layer;
+  const int32_t to = program.operations[last->operation].layer;
+  const std::string layers = from == to ? " of layer " + std::to_string(from)
+                                        : " of layers " + std::to_string(from) + " to " + std::to_string(to);
+  return "operations " + numbered(*first) + " to " + numbered(*last) + layers;
+}
+
+std::vector<OperationPart> find_launch(const CudaProgram& program, const CudaRank& rank,
+                                       std::span<const std::span<const OperationPart>> launches,
+                                       std::span<const uint64_t> parameters) {
+  const std::set<uint64_t> words(parameters.begin(), parameters.end());
+  const auto& operations = program.program().operations;
+  std::vector<KnownAddresses> known;
+  known.reserve(operations.size());
+  for (const Operation& op : operations) known.push_back(known_addresses(program, rank, op, words));
+
+  std::vector<OperationPart> best;
+  std::tuple<int, int, bool, int> best_rank = {0, 0, false, 0};
+  const auto consider = [&](std::span<const OperationPart> parts, bool planned) {
+    std::set<int32_t> distinct;  // two parts may be shares of one operation
+    for (const OperationPart& part : parts) distinct.insert(part.operation);
+    KnownAddresses all;
+    for (const int32_t operation : distinct) {
+      all.own += known[operation].own;
+      all.values += known[operation].values;
     }
-    if (op.attributes.kv_layer != compile::kNone) found.first += known(rank.caches->kv(op.attributes.kv_layer).keys);
-    if (op.attributes.state_layer != compile::kNone)
-      found.first += known(rank.caches->state(op.attributes.state_layer).recurrent);
-    for (const int32_t value : op.inputs) found.second += known(program.rows(rank, value).data);
-    for (const int32_t value : op.outputs) found.second += known(program.rows(rank, value).data);
-    if (found <= best_found) continue;
-    best = i;
-    best_found = found;
+    if (all.own + all.values == 0) return;
+    const std::tuple rank_of = {all.own, -static_cast<int>(distinct.size()), planned && all.own > 0, all.values};
+    if (!best.empty() && rank_of <= best_rank) return;
+    best.assign(parts.begin(), parts.end());
+    best_rank = rank_of;
+  };
+  for (const std::span<const OperationPart> parts : launches) consider(parts, true);
+  for (int32_t i = 0; i < static_cast<int32_t>(operations.size()); ++i) {
+    const OperationPart part = {.operation = i};
+    consider({&part, 1}, false);
   }
   return best;
 }

@@ -49,12 +49,13 @@ struct CudaRunnerOptions {
   bool fused_decode = true;       // the kernels for few tokens where the model allows
   bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
   int32_t rank = 0;
-  bool debug_sync = false;  // wait after every launch: slow, but a fault of the device names its operation
+  // Every operation of few tokens as a launch of its own, and a wait after each: slow, but a fault of the device names
+  // its operation.
+  bool debug_sync = false;
   // Told once, on the thread that runs steps, when the device has failed; every request will fail from then on.
   std::function<void(const Status&)> on_fault;
-  // Tests only: this launch of that step (from 1 on) is followed by one that faults on the same weight.
-  int32_t fault_after_launch = -1;
-  uint64_t fault_in_step = 1;
+  // Tests only: the first launch of this step (from 1 on) that reads a sequence's state fails on the device. 0: none.
+  uint64_t fault_in_step = 0;
   compile::PassOptions passes;
 };
 
@@ -140,6 +141,7 @@ class CudaRunner : public Runner {
   Status enqueue(const GraphKey& key, const LaunchObserver& observe, bool apart = false);
   Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
   Status enqueue_step(const GraphKey& key);  // with what debug_sync and tests of faults want
+  Status spoil_state_slots(const GraphKey& key);
   Status enqueue_checked(const GraphKey& key);
   // The last step's graph. Captures from the second use of a key on, for each input block: the first runs singly and
   // loads what its kernels need. Null: not captured yet.
@@ -157,7 +159,6 @@ class CudaRunner : public Runner {
   void finish_rows(Submitted* step, std::span<const int32_t> indices, int64_t first);
   std::string describe_step() const;
   std::string describe_faulted_launches() const;
-  void launch_fault(int32_t operation);
   // The device's faults are remembered; other errors belong to the step.
   Status note_fault(Status status);
 

@@ -53,7 +53,7 @@ Result<std::unique_ptr<CudaRunner>> CudaRunner::create(const compile::ModelGraph
   TS_ASSIGN_OR_RETURN(runner->device_, open_device(options.device));
   TS_RETURN_IF_ERROR(runner->load(graph, source, options));
   TS_RETURN_IF_ERROR(runner->allocate(options));
-  if (options.fault_after_launch < 0) TS_RETURN_IF_ERROR(runner->warm_up());
+  if (options.fault_in_step == 0) TS_RETURN_IF_ERROR(runner->warm_up());
   return runner;
 }
 

@@ -4,7 +4,6 @@
 #include <thread>
 #include <utility>
 
-#include "kernels/cuda/embedding.h"
 #include "runtime/cuda/cuda_call.h"
 #include "runtime/cuda/cuda_runner.h"
 #include "runtime/cuda/fault_dump.h"
@@ -17,15 +16,6 @@ constexpr auto kEnqueueTime = std::chrono::milliseconds(20);
 
 }  // namespace
 
-// What no kernel gets past: token ids at address 0.
-void CudaRunner::launch_fault(int32_t operation) {
-  const compile::Operation& op = body_.program().operations[operation];
-  const void* const data = op.weights.empty() ? rank_.arena : body_.weight(op, 0).matrix.data;
-  kernels::Rows out = {rank_.arena, DType::kBFloat16, 64};
-  const kernels::Matrix table = {data, DType::kBFloat16, kernels::MatrixLayout::kRowMajor, 1, 64, nullptr};
-  kernels::cuda::embedding({1, nullptr, table, out}, rank_.streams[0]);
-}
-
 // The last one submitted; what fails while another is in flight may be either's.
 std::string CudaRunner::describe_step() const {
   const std::string last = "a step of " + std::to_string(batch_->batch().sequences) + " sequences and " +
@@ -35,11 +25,12 @@ std::string CudaRunner::describe_step() const {
 
 // "operation 7 'router' of layer 0"; several launches may have been running.
 std::string CudaRunner::describe_faulted_launches() const {
+  const auto launches = decode_.launches();
   std::string found;
   for (const LaunchParameters& parameters : take_faulted_launches()) {
-    const int32_t operation = find_operation(body_, rank_, parameters);
-    if (operation == compile::kNone) continue;
-    const std::string one = describe_operation(body_.program(), operation);
+    const std::vector<OperationPart> parts = find_launch(body_, rank_, launches, parameters);
+    if (parts.empty()) continue;
+    const std::string one = describe_operations(body_.program(), parts);
     if (found.find(one) == std::string::npos) found += (found.empty() ? "" : " or ") + one;
   }
   return found;
@@ -50,13 +41,16 @@ Status CudaRunner::note_fault(Status status) {
   // A call that reports an earlier launch's failure would blame its own operation.
   cudaGetLastError();
   const cudaError_t state = cudaDeviceSynchronize();
-  if (state != cudaSuccess && !options_.debug_sync) {
+  if (state != cudaSuccess) {
     const std::string launches = describe_faulted_launches();
-    status =
-        internal_error(cuda_check(state, "the GPU failed").message() + " in " +
-                       (launches.empty() ? describe_step() + "; with --debug-faults the message names the operation"
-                                         : launches + ", " + describe_step()) +
-                       ". The process must be started again");
+    std::string place = describe_step() + "; with --debug-faults the message names the operation";
+    if (!launches.empty()) place = launches + ", " + describe_step();
+    // With debug_sync the status names the launch that was waited for. But while the driver writes a dump, waiting for
+    // a launch that failed may end well and a later launch be the first to tell, so the dump knows better.
+    if (!launches.empty() || !options_.debug_sync) {
+      status = internal_error(cuda_check(state, "the GPU failed").message() + " in " + place +
+                              ". The process must be started again");
+    }
   }
   fault_ = status;
   if (options_.on_fault) options_.on_fault(fault_);
@@ -64,30 +58,34 @@ Status CudaRunner::note_fault(Status status) {
 }
 
 Status CudaRunner::enqueue_step(const GraphKey& key) {
-  const bool fails = options_.fault_after_launch >= 0 && number_ == options_.fault_in_step;
-  return options_.debug_sync || fails ? enqueue_checked(key) : enqueue(key, {});
+  if (number_ == options_.fault_in_step) TS_RETURN_IF_ERROR(spoil_state_slots(key));
+  return options_.debug_sync ? enqueue_checked(key) : enqueue(key, {});
 }
 
-// Tests launch a fault; with debug_sync every launch is waited for before the next.
+// Slot 0x01010101 is terabytes beyond the caches, where nothing is mapped.
+Status CudaRunner::spoil_state_slots(const GraphKey& key) {
+  const kernels::SequenceBatch batch = input_->step(key.sequences, key.tokens, 0).batch;
+  return cuda_check(cudaMemsetAsync(const_cast<int32_t*>(batch.state_in), 1,
+                                    static_cast<size_t>(key.sequences) * sizeof(int32_t), rank_.streams[0]),
+                    "spoiling state slots");
+}
+
+// Every launch is waited for before the next.
 Status CudaRunner::enqueue_checked(const GraphKey& key) {
   std::string last = "the step's input";
-  int32_t last_operation = 0;
-  int32_t launches = 0;
   const auto check = [&]() -> Status {
-    if (launches++ == options_.fault_after_launch + 1 && options_.fault_after_launch >= 0) launch_fault(last_operation);
-    if (!options_.debug_sync) return {};
     for (const cudaStream_t stream : rank_.streams) {
       Status status = cuda_check(cudaStreamSynchronize(stream), "running");
       if (!status.ok()) return std::move(status).with_context(last + " in " + describe_step());
     }
     return {};
   };
-  TS_RETURN_IF_ERROR(enqueue(key, [&](std::span<const OperationPart> parts) -> Result<bool> {
+  const auto observe = [&](std::span<const OperationPart> parts) -> Result<bool> {
     TS_RETURN_IF_ERROR(check());
-    if (!parts.empty()) last_operation = parts[0].operation;
-    last = parts.empty() ? "sampling" : describe_operation(body_.program(), last_operation);
+    last = parts.empty() ? "sampling" : describe_operations(body_.program(), parts);
     return true;
-  }));
+  };
+  TS_RETURN_IF_ERROR(enqueue(key, observe, true));
   return check();
 }
 

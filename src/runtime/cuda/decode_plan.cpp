@@ -38,6 +38,7 @@ class DecodePlanBuilder {
       TS_ASSIGN_OR_RETURN(const bool known, place(i));
       if (!known) return DecodePlan();
     }
+    plan_.group_calls();
     return std::move(plan_);
   }
 
@@ -137,7 +138,7 @@ class DecodePlanBuilder {
     plan_.calls_.push_back({std::move(parts), std::move(phase), {}});
   }
   void push_plain(std::vector<OperationPart> parts, std::function<Status(const Context&)> run) {
-    plan_.calls_.push_back({std::move(parts), {}, std::move(run)});
+    plan_.calls_.push_back({std::move(parts), {}, std::move(run), true});
   }
 
   Result<bool> place(int32_t index) {
@@ -285,6 +286,7 @@ class DecodePlanBuilder {
            args.workspace = workspace;
            return args;
          });
+    plan_.calls_.back().alone = true;
     return true;
   }
 
@@ -431,42 +433,42 @@ Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t 
   return few && !apart && layers_.size() > 0 ? run_layers(context, observe) : run_apart(context, observe);
 }
 
-// Runs of calls between the attentions, each as one call of decode_layers.
+// The calls between two attentions are one call of decode_layers.
+void DecodePlan::group_calls() {
+  for (size_t i = 0; i < calls_.size(); ++i) {
+    const bool joins = i > 0 && !calls_[i].alone && !calls_[i - 1].alone;
+    if (!joins) layer_runs_.push_back({i, i, {}});
+    LayerRun& run = layer_runs_.back();
+    run.end = i + 1;
+    run.parts.insert(run.parts.end(), calls_[i].parts.begin(), calls_[i].parts.end());
+  }
+}
+
+std::vector<std::span<const OperationPart>> DecodePlan::launches() const {
+  std::vector<std::span<const OperationPart>> launches;
+  for (const Call& call : calls_) launches.emplace_back(call.parts);
+  if (layers_.size() == 0) return launches;
+  for (const LayerRun& run : layer_runs_) launches.emplace_back(run.parts);
+  return launches;
+}
+
 Status DecodePlan::run_layers(const Context& context, const LaunchObserver& observe) const {
   const cuda::Launch launch = {.stream = context.rank.streams[0]};
   std::vector<Phase> phases;
-  std::vector<OperationPart> parts;
-  const auto flush = [&]() -> Status {
-    if (phases.empty()) return {};
-    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, parts));
-    const Status status = launched ? cuda::decode_layers(phases, layers_.data(), launch) : Status();
-    phases.clear();
-    if (!status.ok()) {
-      return Status(status).with_context(describe_operation(program_->program(), parts[0].operation));
-    }
-    parts.clear();
-    return {};
-  };
-  for (const Call& call : calls_) {
-    std::optional<Phase> phase;
-    if (call.phase) phase = call.phase(context);
-    const bool alone = !phase || std::holds_alternative<cuda::DecodeAttention>(*phase);
-    if (alone) TS_RETURN_IF_ERROR(flush());
-    parts.insert(parts.end(), call.parts.begin(), call.parts.end());
-    if (phase) {
-      phases.push_back(*phase);
-      if (alone) TS_RETURN_IF_ERROR(flush());
-      continue;
-    }
-    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, parts));
-    parts.clear();
+  for (const LayerRun& run : layer_runs_) {
+    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, run.parts));
     if (!launched) continue;
-    Status status = call.run(context);
-    if (!status.ok()) {
-      return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
+    Status status;
+    if (!calls_[run.begin].phase) {
+      status = calls_[run.begin].run(context);
+    } else {
+      phases.clear();
+      for (size_t i = run.begin; i < run.end; ++i) phases.push_back(calls_[i].phase(context));
+      status = cuda::decode_layers(phases, layers_.data(), launch);
     }
+    if (!status.ok()) return std::move(status).with_context(describe_operations(program_->program(), run.parts));
   }
-  return flush();
+  return {};
 }
 
 Status DecodePlan::run_apart(const Context& context, const LaunchObserver& observe) const {
@@ -484,7 +486,7 @@ Status DecodePlan::run_apart(const Context& context, const LaunchObserver& obser
       status = few ? std::visit(LaunchPhase{launch}, call.phase(context)) : std::visit(batch, call.phase(context));
     }
     if (status.ok()) continue;
-    return std::move(status).with_context(describe_operation(program_->program(), call.parts[0].operation));
+    return std::move(status).with_context(describe_operations(program_->program(), call.parts));
   }
   return {};
 }
@@ -505,7 +507,8 @@ Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const La
     args.x = program_->rows(rank, op.inputs[0]);
     args.segment_count = 1;
     args.segments[0] = {program_->weight(op, 0).matrix, program_->rows(rank, op.outputs[0]), false};
-    TS_RETURN_IF_ERROR(cuda::decode_linear(args, {rank.streams[0]}));
+    Status status = cuda::decode_linear(args, {rank.streams[0]});
+    if (!status.ok()) return std::move(status).with_context(describe_operation(program, i));
   }
   return {};
 }

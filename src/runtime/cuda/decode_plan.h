@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "compile/program.h"
@@ -20,6 +21,8 @@ class DecodePlan {
   // Empty when the Program has operations or sizes that the fused kernels do not take. `program` must outlive the plan.
   static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
   bool empty() const { return calls_.empty(); }
+  // What one launch of a step's body may carry out.
+  std::vector<std::span<const OperationPart>> launches() const;
 
   // Whether a step of more than kDecodeTokens rows can be run: one token of each sequence, and contexts for which there
   // is workspace (8 times shorter ones with 64 sequences than with 8, but never below 32,768).
@@ -42,15 +45,24 @@ class DecodePlan {
   };
   using Phase = kernels::cuda::DecodePhase;
   struct Call {
-    std::vector<OperationPart> parts;            // the first names the call
+    std::vector<OperationPart> parts;
     std::function<Phase(const Context&)> phase;  // or, where there is no fused kernel,
     std::function<Status(const Context&)> run;
+    bool alone = false;  // decode_layers does not take it
   };
+  // Calls that run_layers() makes together.
+  struct LayerRun {
+    size_t begin = 0;
+    size_t end = 0;
+    std::vector<OperationPart> parts;
+  };
+  void group_calls();
   Status run_layers(const Context& context, const LaunchObserver& observe) const;
   Status run_apart(const Context& context, const LaunchObserver& observe) const;
 
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
+  std::vector<LayerRun> layer_runs_;
   DeviceMemory layers_;   // workspace of decode_layers; empty: models without experts, which it would not make faster
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
   BatchScratch batch_;    // in scratch_
