@@ -13,9 +13,17 @@
 namespace tokenspeed::runtime {
 namespace {
 
-// |difference| / |row| of the median row: both kinds of kernels see bfloat16 activations exactly. A row in which
-// rounding turned a close choice of the router is off as a whole.
-constexpr float kMedianTolerance = 0.03f;
+// |difference| / |row| of the median row, on a layer of each kind. The two kinds of kernels round differently: for few
+// rows x * (1 + norm weight) is rounded (to float16 beside FP8 weights) and its norm divided by afterwards, for many
+// the normalised row is rounded to bfloat16; a mixer's result meets its norm before or after it is rounded. The gated
+// norm of a delta rule enlarges that where a query is nearly at right angles to its key. A simulation with these
+// roundings alone, of these shapes and weights' distributions, gives medians of 0.010 to 0.013 (17 draws of weights,
+// FP8 and bfloat16, with experts and without), and of 0.076 when the least of a row's eight experts is left out. In it
+// the two choose other experts in a third of the rows, as of 256 random logits the eighth leads the ninth by 0.03 in
+// the median and the roundings move each by 0.006 in the first layer, 0.022 in the second; such a row is off by 0.03 to
+// 0.13. Behind four layers two rows of three are, and the median (0.036 to 0.050; 0.024 to 0.029 with the choices
+// forced to be the same) says little about the kernels.
+constexpr float kMedianTolerance = 0.018f;
 constexpr int32_t kSequences = 20;
 constexpr int32_t kTokens = 3;
 
@@ -35,7 +43,7 @@ std::vector<Output> logits_of(CudaRunner* runner, const std::vector<Case>& cases
 void compare(const char* preset, bool fp8) {
   SCOPED_TRACE(preset);
   compile::ModelConfig config = must(model::find_preset(preset));
-  config.layers.resize(4);
+  config.layers = {compile::LayerKind::kLinearAttention, compile::LayerKind::kFullAttention};
   config.fp8_blocks = fp8;
   const auto source = must(model::DummyWeights::create(config));
   const compile::ModelGraph graph = must(model::build_graph(config));
