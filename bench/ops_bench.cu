@@ -1,11 +1,14 @@
 // Times the kernels for few tokens on random weights: each op alone against the measured read bandwidth, and the whole
 // step of a model shape as one graph, with every kind of op left out in turn (what the op costs inside the step).
 //
-//   ops_bench [--model 35b|0.8b|4b|9b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--context N] [--kv-fp8] [--quick]
+//   ops_bench [--model 35b|0.8b|4b|9b|27b|397b-tp8] [--dtype fp8|bf16] [--rows T] [--sequences S] [--context N]
+//             [--kv-fp8] [--quick]
 //
-// Every layer has weights of its own, so nothing is found in L2 that a real step would not find there. Times are
-// medians of event-timed graph replays after warm-up. "alone": each launch waits for the one before; "chained":
-// launches of the same op overlap as they would between layers (weights fetched ahead).
+// The T rows are S sequences (1 unless said otherwise) of as many tokens each. Every step begins with the same random
+// rows, so that they choose experts of their own. Every layer has weights of its own, so nothing is found in L2 that a
+// real step would not find there. Times are medians of event-timed graph replays after warm-up. "alone": each launch
+// waits for the one before; "chained": launches of the same op overlap as they would between layers (weights fetched
+// ahead).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -46,6 +49,11 @@ __global__ void read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
   if (sum == 0x12345678u) *sink = sum;
 }
 
+__global__ void copy_kernel(const uint32_t* from, uint32_t* to, int64_t words) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i < words) to[i] = from[i];
+}
+
 struct Model {
   const char* name;
   int64_t hidden, layers, query_heads, kv_heads, key_heads, value_heads, experts, top_k, width, shared_width,
@@ -64,6 +72,7 @@ struct Options {
   Model model = kModels[0];
   bool fp8 = true;
   int64_t rows = 1;
+  int64_t sequences = 1;
   int64_t context = 128;
   bool quick = false;
   bool kv_fp8 = false;
@@ -184,7 +193,7 @@ class Step {
     const int64_t element = o.fp8 ? 1 : 2;
     const int64_t experts = 3 * m.hidden * (m.experts * m.width + m.shared_width) * element;
     const int64_t mixer = (m.key_heads * 256 + m.value_heads * 384 + m.query_heads * 768) * m.hidden * element * 2;
-    const int64_t state = m.value_heads * 65536 * o.rows * 2;
+    const int64_t state = m.value_heads * 65536 * o.sequences * 4;
     return m.layers * (experts + mixer + state + (64 << 20)) + m.vocabulary * m.hidden * 2 + (int64_t{3} << 30) +
            m.layers / 4 * (o.context + 4096) * m.kv_heads * 1024 * o.rows;
   }
@@ -214,26 +223,35 @@ class Step {
     const Model& m = o_.model;
     const int64_t rows = o_.rows;
     const int64_t page = 64;
-    const int64_t pages = (o_.context + rows + page - 1) / page;
-    std::vector<int32_t> table, position, sequence;
-    for (int64_t i = 0; i < pages; ++i) table.push_back(static_cast<int32_t>(i));
+    const int64_t sequences = o_.sequences, own_rows = rows / sequences;
+    const int64_t pages = (o_.context + own_rows + page - 1) / page;
+    std::vector<int32_t> table, position, sequence, begin, slots;
+    for (int64_t i = 0; i < pages * sequences; ++i) table.push_back(static_cast<int32_t>(i));
     for (int64_t t = 0; t < rows; ++t) {
-      position.push_back(static_cast<int32_t>(o_.context + t));
-      sequence.push_back(0);
+      position.push_back(static_cast<int32_t>(o_.context + t % own_rows));
+      sequence.push_back(static_cast<int32_t>(t / own_rows));
     }
-    SequenceBatch batch;  // one sequence with `rows` new tokens
-    batch.sequences = 1;
+    for (int64_t i = 0; i < sequences; ++i) slots.push_back(static_cast<int32_t>(i));
+    for (int64_t i = 0; i <= sequences; ++i) begin.push_back(static_cast<int32_t>(i * own_rows));
+    SequenceBatch batch;
+    batch.sequences = static_cast<int32_t>(sequences);
     batch.tokens = static_cast<int32_t>(rows);
-    batch.token_begin = arena_.upload<int32_t>({0, static_cast<int32_t>(rows)});
-    batch.context = arena_.upload<int32_t>({static_cast<int32_t>(o_.context)});
+    batch.token_begin = arena_.upload(begin);
+    batch.context = arena_.upload(std::vector<int32_t>(slots.size(), static_cast<int32_t>(o_.context)));
     batch.position = arena_.upload(position);
     batch.sequence = arena_.upload(sequence);
     batch.page_table = arena_.upload(table);
     batch.page_table_stride = pages;
-    batch.state_in = arena_.upload<int32_t>({0});
+    batch.state_in = arena_.upload(slots);
     batch.state_out = batch.state_in;
 
-    const Rows x = arena_.rows(rows, m.hidden);
+    const Rows x = arena_.rows(rows, m.hidden), first = arena_.rows(rows, m.hidden);
+    const int64_t words = rows * m.hidden / 2;
+    add("0 rows", 0, [=](const cuda::Launch& launch) {
+      copy_kernel<<<static_cast<unsigned>((words + 255) / 256), 256, 0, launch.stream>>>(
+          static_cast<const uint32_t*>(first.data), static_cast<uint32_t*>(x.data), words);
+      return Status();
+    });
     const Rows normed = arena_.rows(rows, m.hidden);
     const GdnShape gdn{m.key_heads, m.value_heads, 128, 128, 4};
     const int64_t channels = gdn.channels(), values = m.value_heads * 128;
@@ -271,9 +289,10 @@ class Step {
         mixer.shape = gdn;
         mixer.batch = batch;
         const int64_t recurrent = values * 128 * 4;
-        std::byte* const slot =
-            static_cast<std::byte*>(arena_.filled(recurrent + 3 * channels * 2, Fill::kFloat, 0.01f));
-        mixer.state = {slot, slot + recurrent, DType::kBFloat16, recurrent};
+        const auto state = [&](Fill fill) {
+          return static_cast<std::byte*>(arena_.filled(recurrent * sequences, fill, 0.01f));
+        };
+        mixer.state = {state(Fill::kFloat), state(Fill::kBf16), DType::kBFloat16, recurrent};
         mixer.qkv = qkv;
         mixer.z = z;
         mixer.b = b;
@@ -283,7 +302,7 @@ class Step {
         mixer.dt_bias = small;
         mixer.norm_weight = norm;
         mixer.out = {mixed.data, DType::kBFloat16, values};
-        add_phase("2 gated delta net", 2 * recurrent, mixer, &cuda::decode_gdn);
+        add_phase("2 gated delta net", 2 * recurrent * sequences, mixer, &cuda::decode_gdn);
         linear("3 out-projection (GDN)", mixer.out, nullptr, {}, {{arena_.matrix(m.hidden, values, o_.fp8), x, true}});
       } else {
         linear("1 in-projections (attention)", x, norm, {},
@@ -293,7 +312,7 @@ class Step {
         cuda::DecodeAttention args;
         args.shape = attention;
         args.batch = batch;
-        const int64_t kv = pages * page * m.kv_heads * 256;
+        const int64_t kv = pages * sequences * page * m.kv_heads * 256;
         const Fill fill = o_.kv_fp8 ? Fill::kFp8 : Fill::kBf16;
         args.pages = {arena_.filled(kv * (o_.kv_fp8 ? 1 : 2), fill, 1.0f),
                       arena_.filled(kv * (o_.kv_fp8 ? 1 : 2), fill, 1.0f),
@@ -307,9 +326,9 @@ class Step {
         args.query_norm = head_norm;
         args.key_norm = head_norm;
         args.out = {mixed.data, DType::kBFloat16, m.query_heads * 256};
-        args.max_context = o_.context + rows;
+        args.max_context = o_.context + own_rows;
         args.workspace = attention_workspace;
-        add_phase("2 attention", (o_.context + rows) * m.kv_heads * (o_.kv_fp8 ? 512 : 1024), args,
+        add_phase("2 attention", sequences * (o_.context + own_rows) * m.kv_heads * (o_.kv_fp8 ? 512 : 1024), args,
                   &cuda::decode_attention);
         linear("3 out-projection (attention)", args.out, nullptr, {},
                {{arena_.matrix(m.hidden, m.query_heads * 256, o_.fp8), x, true}});
@@ -383,6 +402,8 @@ Options parse(int argc, char** argv) {
       o.fp8 = next() == "fp8";
     } else if (flag == "--rows") {
       o.rows = atoi(next().c_str());
+    } else if (flag == "--sequences") {
+      o.sequences = atoi(next().c_str());
     } else if (flag == "--context") {
       o.context = atoll(next().c_str());
     } else if (flag == "--kv-fp8") {
@@ -392,6 +413,9 @@ Options parse(int argc, char** argv) {
     } else {
       exit((fprintf(stderr, "unknown flag %s\n", flag.c_str()), 2));
     }
+  }
+  if (o.sequences < 1 || o.rows % o.sequences != 0) {
+    exit((fprintf(stderr, "--rows must be a multiple of --sequences\n"), 2));
   }
   return o;
 }
@@ -410,8 +434,9 @@ int main(int argc, char** argv) {
   }
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, 0), "properties");
-  printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, context %lld\n", properties.name, bandwidth * 1e-12,
-         o.model.name, o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows), static_cast<long long>(o.context));
+  printf("%s, measured read bandwidth %.3f TB/s; %s %s, %lld rows, %lld sequences, context %lld\n", properties.name,
+         bandwidth * 1e-12, o.model.name, o.fp8 ? "fp8" : "bf16", static_cast<long long>(o.rows),
+         static_cast<long long>(o.sequences), static_cast<long long>(o.context));
   Step step(o);
   const int repeats = o.quick ? 20 : 50;
   for (const Op& op : step.ops()) require(op.launch({stream, true}));
