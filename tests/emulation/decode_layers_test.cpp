@@ -8,6 +8,7 @@ TEST(DecodeLayers, ReferenceAndRowInvariance) {
   for (const bool fp8 : {true, false}) {
     check_layer(&random, {{512, 2, 8, 12, 4, 128, fp8}, 4, {1}, {5}});
     check_layer(&random, {{256, 2, 8, 12, 4, 128, fp8}, 5, {3}, {0}});
+    check_layer(&random, {{256, 2, 8, 12, 4, 128, fp8}, 18, {2}, {1}});  // a mixer's tasks are half heads
     check_layer(&random, {{256, 2, 8, 40, 10, 256, fp8}, 11, {1, 2, 1, 4}, {3, 0, 1, 2}});
     check_layer(&random, {{256, 2, 8, 12, 8, 128, fp8}, 8, {1, 1, 1, 1, 1, 1, 1, 1}, {1, 0, 1, 1, 1, 1, 0, 1}});
   }

@@ -1,7 +1,8 @@
 // Common parts of the persistent kernel (decode_layers_program.h says what it executes): shared memory, the ring of
 // weights, words between blocks, and the product of a chunk.
 //
-//     shared memory: | ring: slots of 32 KiB | staged activations, per warp | part sums, once or twice | LayerShared |
+//     shared memory: | ring: slots of 32 KiB | staged | part sums, once or twice | LayerShared |
+//     staged:        | activations of turn 0: warp 0, 1, ... 15 | turn 1 | ... |
 #pragma once
 
 #include <cstddef>
@@ -16,6 +17,13 @@ namespace tokenspeed::kernels::cuda {
 inline constexpr float kLayerStagedScale = 0x1p-3f;
 inline constexpr int kRoutingPairsMax = kDecodeTokens * kDecodeTopK;
 
+// The rows of the step that chose an entry, one after the other from bit 0 on, four bits each, and the entry's place
+// among each row's choices.
+struct EntryRows {
+  uint32_t rows = ~0u;  // 15: none
+  uint32_t places = 0;
+};
+
 // The router's choice. Entries are the experts that the step must read: the shared one first, then the distinct ones.
 struct LayerRouting {
   int entries;
@@ -23,6 +31,7 @@ struct LayerRouting {
   float weights[kDecodeTokens * (kDecodeTopK + 1)];              // [t][place]; the last place is the shared expert's
   int expert[kRoutingPairsMax + 1];                              // of an entry
   alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
+  EntryRows rows[kRoutingPairsMax + 1];                          // the same, of steps of several rows
   unsigned firsts[kDecodeTokens];                       // of a row: bits of the choices that no row before has made
   alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
   uint2 candidates[kDecodeTokens][kWarp];               // {key, id}
@@ -39,7 +48,7 @@ struct LayerShared {
   int state_in[kDecodeTokens];
   int state_out[kDecodeTokens];
   alignas(16) float squares[kDecodeTokens][kLayerWarps];  // of the row before its norm, by warp
-  alignas(16) float mixer_squares[kDecodeTokens][kLayerWarps];
+  alignas(16) float mixer_squares[2][kDecodeTokens][kLayerWarps];  // of a part and the next
   LayerRouting routing;
 #ifdef TOKENSPEED_LAYER_CLOCKS
   long long clocks[8];
@@ -76,7 +85,7 @@ struct LayerConsumer {
   int slots;
   uint32_t full;    // shared address of the ring's barriers, the empty ones behind them
   uint32_t ring;    // shared address of this warp's chunk of the first slot
-  uint8_t* staged;  // this warp's
+  uint8_t* staged;  // this warp's of turn 0
   float* partial;   // layer_buffers(kRows)
   RingPosition at;
   unsigned launch = 0;
@@ -187,6 +196,8 @@ __device__ __forceinline__ void gather_words(unsigned launch, int count, Address
 
 template <bool kFp8>
 inline constexpr int kLaneValues = layer_chunk_values(kFp8) / kWarp;  // of a row's chunk, as it is loaded
+template <bool kFp8, int kRows>
+inline constexpr int kStagedTurn = kLayerWarps * layer_staged_chunk(kFp8, kRows);  // from a warp's turn to its next
 
 // v: this lane's neighbouring values of row t's chunk.
 template <bool kFp8, int kRows>

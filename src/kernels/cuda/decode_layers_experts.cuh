@@ -218,6 +218,22 @@ __device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& ro
   choosers_barrier<kRows>();
 }
 
+// The rows of every entry, of which nobody asks before gate and up are there.
+template <int kRows>
+__device__ __forceinline__ void list_entry_rows(LayerRouting& routing) {
+  for (int entry = threadIdx.x; entry < routing.entries; entry += kRows * kWarp) {
+    const int8_t* const place = routing.place[entry];
+    EntryRows found;
+#pragma unroll
+    for (int t = kRows - 1; t >= 0; --t) {
+      if (place[t] < 0) continue;
+      found.rows = found.rows << 4 | static_cast<uint32_t>(t);
+      found.places = found.places << 4 | static_cast<uint32_t>(place[t]);
+    }
+    routing.rows[entry] = found;
+  }
+}
+
 // ---- gate and up ----
 
 // A tile of the phase: those of entry 0 come first, then entry 1's and so on.
@@ -246,10 +262,9 @@ __device__ __forceinline__ float2 unit_scale(const GateUpPhase& p, const LayerRo
 // silu(gate) * up of `count` tiles, of which the first is the block's number `first`.
 template <int kRows>
 __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer& c, int first, int count,
-                                             float scale) {
+                                             const PartBatch& batch, float scale) {
   constexpr int kOutputs = kUnitRows * kRows;
-  static_assert(layer_batch_tiles(kRows) * kOutputs <= kLayerConsumers, "one element per thread");
-  if (c.warp * kWarp >= layer_batch_tiles(kRows) * kOutputs) return;
+  if (c.warp * kWarp >= batch.tiles * kOutputs) return;
   const int own = threadIdx.x / kOutputs;
   const int t = threadIdx.x % kOutputs / kUnitRows;
   const int row = threadIdx.x % kUnitRows;
@@ -257,7 +272,7 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   const int place = own < count ? c.shared.routing.place[unit.entry][t] : -1;
   float h = 0;
   if (place >= 0) {
-    const float* const parts = c.buffer<kRows>() + own * layer_tile_floats(kRows);
+    const float* const parts = batch.parts + own * layer_tile_floats(kRows);
     const int element = t * kLayerTileRows + row;
     scale *= inverse_norm(c.shared, t, p.k, p.epsilon);
     const float gate = add_element<kRows>(parts, element) * scale;
@@ -270,10 +285,8 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   store_word(p.h + (at >> 1), pack_bf16(h, odd), c.launch);
 }
 
-// The choices are a few hundred instructions that are executed nowhere else, so that most of their time would go into
-// fetching them. Who makes them goes through them once before the logits are there.
-
-// One row's, by a warp of its own.
+// One row's, by a warp of its own. The choice is a few hundred instructions that are executed nowhere else, so that
+// most of its time would go into fetching them: the warp goes through them once before the logits are there.
 template <int kKeys>
 __device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
   const bool arrives = threadIdx.x % kWarp == 0;
@@ -289,7 +302,7 @@ __device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& sha
   if (arrives) barrier_arrive(shared_address(&shared.weighted));
 }
 
-// Several rows', by the first kRows computing warps.
+// Several rows', by the first kRows computing warps; they have no time to rehearse.
 template <int kKeys, int kRows>
 __device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& c) {
   LayerRouting& routing = c.shared.routing;
@@ -298,54 +311,53 @@ __device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& 
   int* const first_choice = reinterpret_cast<int*>(c.buffer<kRows>());
   static_assert(layer_batch_tiles(kRows) * layer_tile_floats(kRows) >= kDecodeExperts);
   c.begin_batch<kRows>();
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const bool rehearse = pass == 0;
-    clear_lists<kRows>(routing, first_choice);
-    choosers_barrier<kRows>();
-    if (has_row) choose_row<kKeys>(p, routing, c.launch, c.warp, rehearse);
-    list_rows<kRows>(p, routing, first_choice, c.rows, c.warp);
-    if (!rehearse && threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
-    if (has_row) weigh_row(p, routing, c.launch, c.warp, rehearse);
-    __syncwarp();
-  }
+  clear_lists<kRows>(routing, first_choice);
+  choosers_barrier<kRows>();
+  if (has_row) choose_row<kKeys>(p, routing, c.launch, c.warp, false);
+  list_rows<kRows>(p, routing, first_choice, c.rows, c.warp);
+  if (threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
+  if (has_row) weigh_row(p, routing, c.launch, c.warp, false);
+  list_entry_rows<kRows>(routing);
+  __syncwarp();
 }
 
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsumer& c) {
-  constexpr int kBatch = layer_batch_tiles(kRows);
   const int lane = threadIdx.x % kWarp;
   const int turns = p.turns;
   const int log_turns = turns >> 1;
-  const int lane_tiles_mask = (kWarp >> log_turns) - 1;
   const bool active = c.warp < p.warps;
   const LayerRouting& routing = c.shared.routing;
-  c.mark(1);
   if constexpr (kRows > 1) {
     if (c.warp < kRows) route_rows<kKeys, kRows>(p, c);
   }
   barrier_wait(shared_address(&c.shared.routed), c.parity(LayerConsumer::kRouted));
+  c.mark(1);
   c.at.parity ^= LayerConsumer::kRouted;
   const int tiles = routing.entries << p.log_tiles;
   const int all = tiles_of_block(tiles);
   float2 scales = {1.0f, 1.0f};
+  int held = 0;  // first tile whose scales the lanes hold
   int first = 0;
   do {
+    const PartBatch batch = part_batch<kFp8, kRows>(c, turns);
     if constexpr (kFp8) {
+      const bool fetches = first == 0 || first + batch.tiles > held + (kWarp >> log_turns);
+      if (fetches) held = first;
       const int tile = blockIdx.x + (first + (lane >> log_turns)) * gridDim.x;
-      if ((first & lane_tiles_mask) == 0 && active && tile < tiles) {
+      if (fetches && active && tile < tiles) {
         scales = unit_scale(p, routing, UnitPlace(p, tile), c.warp * turns + (lane & (turns - 1)));
       }
     }
-    const int count = min(kBatch, all - first);
-    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first & lane_tiles_mask) << log_turns,
-                                    c.buffer<kRows>());
+    const int count = min(batch.tiles, all - first);
+    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first - held) << log_turns,
+                                    batch.parts);
     c.mark(2);
     consumer_barrier();
     c.mark(3);
-    finish_units<kRows>(p, c, first, count, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
+    finish_units<kRows>(p, c, first, count, batch, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
     c.end_batch<kRows>();
-    first += kBatch;
+    first += batch.tiles;
   } while (first < all);
   c.mark(4);
 }
@@ -386,19 +398,6 @@ __device__ __forceinline__ void stage_h(const uint4& value, uint8_t* chunk, int 
   stage_values<kFp8, kRows>(chunk, t, v);
 }
 
-// Which of its choices an entry is for the rows of the step, a byte each; -1: none.
-struct EntryPlaces {
-  uint2 bytes = {~0u, ~0u};
-
-  __device__ int of(int t) const { return static_cast<int8_t>((t < 4 ? bytes.x : bytes.y) >> (t % 4 * 8)); }
-  // The first row that chose the entry, or -1.
-  __device__ int first_row() const {
-    const int low = __ffs(static_cast<int>(~bytes.x & 0x80808080u));
-    const int high = __ffs(static_cast<int>(~bytes.y & 0x80808080u));
-    return low != 0 ? (low - 1) / 8 : high != 0 ? 4 + (high - 1) / 8 : -1;
-  }
-};
-
 // Stages the chunks that this warp multiplies with `slots` slots, of a step of one row.
 template <bool kFp8>
 __device__ __forceinline__ void stage_down_row(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
@@ -426,60 +425,69 @@ __device__ __forceinline__ void stage_down_row(const DownPhase& p, LayerConsumer
   } while (!__all_sync(~0u, complete));
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
-    stage_h<kFp8, 1>(value[i], c.staged + i * layer_staged_chunk(kFp8, 1), 0);
+    stage_h<kFp8, 1>(value[i], c.staged + i * kStagedTurn<kFp8, 1>, 0);
   }
   __syncwarp();
 }
 
-// The same of several rows; of each slot those rows that chose the expert, as the results of the others are not looked
-// at.
+// What this warp stages of a slot, of a step of several rows: the rows that chose the expert, as the results of the
+// others are not looked at. Most experts have one or two, whose words are asked for while the slot before is
+// multiplied.
 template <bool kFp8, int kRows>
-__device__ __forceinline__ void stage_down_rows(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
-  constexpr int kSlots = layer_down_slots(kRows);
-  constexpr int kCount = kSlots * kRows;  // slot i / kRows, row i % kRows
-  const LayerRouting& routing = c.shared.routing;
-  const int lane = threadIdx.x % kWarp;
-  EntryPlaces places[kSlots];
-  int column[kSlots];
+class DownRows {
+ public:
+  // Asks for the first two.
+  __device__ void fetch(const DownPhase& p, const LayerConsumer& c, int slot) {
+    const DownChunk at(p, slot, c.warp);
+    left_ = {};
+    if (at.entry < c.shared.routing.entries) left_ = c.shared.routing.rows[at.entry];
+    words_ = p.h + (((at.chunk * kWarp + static_cast<int>(threadIdx.x) % kWarp) * kLaneValues<kFp8>) >> 1);
+    fetch_two(p);
+  }
+  // Stages all.
+  __device__ void stage(const DownPhase& p, const LayerConsumer& c) {
+#pragma unroll 1
+    while (row_[0] < kRows) {
+      while (!__all_sync(~0u, is_there(c.launch))) load();
 #pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const DownChunk at(p, first_slot + i, c.warp);
-    column[i] = (at.chunk * kWarp + lane) * kLaneValues<kFp8>;
-    if (i < slots && at.entry < routing.entries) {
-      places[i].bytes = *reinterpret_cast<const uint2*>(routing.place[at.entry]);
+      for (int i = 0; i < 2; ++i) {
+        if (row_[i] < kRows) stage_h<kFp8, kRows>(value_[i], c.staged, row_[i]);
+      }
+      fetch_two(p);
+    }
+    __syncwarp();
+  }
+
+ private:
+  __device__ void fetch_two(const DownPhase& p) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_[i] = static_cast<int>(left_.rows & 15);
+      from_[i] = words_ + (row_[i] * (p.top_k + 1) + static_cast<int>(left_.places & 15)) * (p.k >> 1);
+      left_.rows = left_.rows >> 4 | 15u << 28;
+      left_.places >>= 4;
+    }
+    load();
+  }
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (row_[i] < kRows) value_[i] = load_h<kFp8>(from_[i]);
     }
   }
-  const auto address = [&](int slot, int t, int place) {
-    return p.h + (((t * (p.top_k + 1) + place) * p.k + column[slot]) >> 1);
-  };
-  // One row's words first: polled together they would take the bandwidth of L2 from the weights. After the first slot's
-  // those of others are there, or nearly.
-  const int first_row = first_slot == 0 ? places[0].first_row() : -1;
-  uint4 first = {};
-  do {
-    if (first_row >= 0) first = load_h<kFp8>(address(0, first_row, places[0].of(first_row)));
-  } while (!__all_sync(~0u, first_row < 0 || (first.y == c.launch && first.w == c.launch)));
-  uint4 value[kCount];
-  bool complete;
-  do {
-    complete = true;
+  __device__ bool is_there(unsigned launch) const {
+    bool complete = true;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int place = places[i / kRows].of(i % kRows);
-      if (place >= 0) value[i] = load_h<kFp8>(address(i / kRows, i % kRows, place));
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      complete &= places[i / kRows].of(i % kRows) < 0 || (value[i].y == c.launch && value[i].w == c.launch);
-    }
-  } while (!__all_sync(~0u, complete));
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (places[i / kRows].of(i % kRows) < 0) continue;
-    stage_h<kFp8, kRows>(value[i], c.staged + i / kRows * layer_staged_chunk(kFp8, kRows), i % kRows);
+    for (int i = 0; i < 2; ++i) complete &= row_[i] >= kRows || (value_[i].y == launch && value_[i].w == launch);
+    return complete;
   }
-  __syncwarp();
-}
+
+  EntryRows left_;  // that have not been asked for
+  const uint2* words_;
+  int row_[2];  // that have been asked for
+  const uint2* from_[2];
+  uint4 value_[2];
+};
 
 // This warp's chunk of a slot, weighted, to the part sums.
 template <bool kFp8, int kRows>
@@ -489,7 +497,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
   const DownChunk at(p, slot, c.warp);
   if (at.entry >= routing.entries) return;
   const int lane = threadIdx.x % kWarp;
-  const uint8_t* const from = c.staged + staged * layer_staged_chunk(kFp8, kRows);
+  const uint8_t* const from = c.staged + staged * kStagedTurn<kFp8, kRows>;
   const ChunkWeights w = load_chunk(chunk_address);
   float acc[4] = {};
   if constexpr (kFp8) {
@@ -558,13 +566,16 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < p.hidden / kLayerTileRows; tile += gridDim.x, ++tile_number) {
     float scales = down_scale<kFp8>(p, c, lane, tile);  // of 32 slots, one per lane
+    DownRows<kFp8, kRows> ahead;
+    if constexpr (kRows > 1) ahead.fetch(p, c, 0);
 #pragma unroll 1
     for (int first = 0; first < slots; first += kSlots) {
       const int count = min(kSlots, slots - first);
       if constexpr (kRows == 1) {
         stage_down_row<kFp8>(p, c, first, count);
       } else {
-        stage_down_rows<kFp8, kRows>(p, c, first, count);
+        ahead.stage(p, c);
+        if (first + 1 < slots) ahead.fetch(p, c, first + 1);
       }
       c.mark(1);
 #pragma unroll 1

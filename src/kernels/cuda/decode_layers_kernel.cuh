@@ -19,7 +19,14 @@ struct LayerProducer {
   LayerShared& shared;
   uint32_t ring;
   RingPosition at;
+  RingPosition last = {};  // the slot before
+  bool has_last = false;
 
+  // Waits for what has been asked for. What is needed later must not come between: memory would serve it to the blocks
+  // that have less to wait for at the cost of the others, and all wait for the last.
+  __device__ void settle() const {
+    if (has_last) barrier_wait(shared_address(&shared.full[last.slot]), last.parity);
+  }
   // Opens the next slot for `bytes`.
   __device__ void open(uint32_t bytes) {
     barrier_wait(shared_address(&shared.empty[at.slot]), at.parity ^ 1);
@@ -29,7 +36,11 @@ struct LayerProducer {
     box_copy(ring + at.slot * kLayerSlotBytes + chunk * kLayerTileChunk, program.maps[map], row, outer, turn,
              shared_address(&shared.full[at.slot]));
   }
-  __device__ void close() { at.advance(program.slots); }
+  __device__ void close() {
+    last = at;
+    has_last = true;
+    at.advance(program.slots);
+  }
 };
 
 __device__ __forceinline__ void produce_project(const ProjectPhase& p, LayerProducer& producer) {
@@ -96,6 +107,7 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
     const LayerPhase& phase = shared.phases[i];
     switch (phase.kind) {
       case LayerPhaseKind::kProject:
+        if (i > 0 && shared.phases[i - 1].kind == LayerPhaseKind::kDown) producer.settle();
         produce_project(phase.project, producer);
         break;
       case LayerPhaseKind::kGateUp:
@@ -103,6 +115,7 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
         routed_parity ^= 1;
         break;
       case LayerPhaseKind::kDown:
+        producer.settle();
         produce_down(phase.down, producer);
         break;
       case LayerPhaseKind::kMixer:
@@ -202,7 +215,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   uint8_t* const memory = dynamic_shared();
   const int thread = threadIdx.x;
   uint8_t* const staged = memory + program.slots * kLayerSlotBytes;
-  uint8_t* const partial = staged + kLayerWarps * program.staged_bytes;
+  uint8_t* const partial = staged + program.staged_bytes;
   LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + layer_buffers(kRows) * program.partial_bytes);
   if (thread == 0) {
     for (int i = 0; i < program.slots; ++i) {
@@ -250,7 +263,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
                      program.slots,
                      shared_address(shared.full),
                      shared_address(memory) + warp * kLayerTileChunk,
-                     staged + warp * program.staged_bytes,
+                     staged + warp * layer_staged_chunk(kFp8, kRows),
                      reinterpret_cast<float*>(partial)};
   consume<kFp8, kRows, kKeys>(c);
 }

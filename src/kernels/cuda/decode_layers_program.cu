@@ -30,6 +30,11 @@ Cut cut_rows(int64_t k, bool fp8) {
   }
   return {0, 0};
 }
+// A task convolves its head's q and k whatever its part of the head, so it is as large as keeps the blocks busy.
+int mixer_log_parts(int64_t heads, int blocks) {
+  const int64_t enough = blocks - blocks / 4;
+  return heads >= enough ? 2 : 2 * heads >= enough ? 1 : 0;
+}
 int tiles_of(int64_t rows) { return static_cast<int>((rows + kLayerTileRows - 1) / kLayerTileRows); }
 // Plain rows are read four elements at a time.
 bool readable(const Rows& rows) { return rows.stride % 4 == 0; }
@@ -47,7 +52,7 @@ Columns columns_of(const DecodeLinear& op, const ProjectPhase& phase, const Rows
     const auto* const at = static_cast<const __nv_bfloat16*>(array.data);
     if (at < begin || at >= begin + op.segments[i].weight.n || array.stride != y.stride) continue;
     if (op.segments[i].accumulate || (at - begin) % 2 != 0) return {};
-    return {phase.segments[i].words + (at - begin) / 2, phase.segments[i].stride};
+    return {static_cast<const uint2*>(phase.segments[i].to) + (at - begin) / 2, phase.segments[i].stride};
   }
   return {};
 }
@@ -129,17 +134,18 @@ LayerPhase& LayerProgramWriter::add(LayerPhaseKind kind) {
   return phase;
 }
 
-// What a warp stages, and one of the two buffers of part sums, for steps of `columns` rows.
+// What is staged at a time, and one of the two buffers of part sums, for steps of `columns` rows.
 int LayerProgramWriter::staged_bytes(int columns) const {
-  return std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0) * layer_staged_chunk(fp8_, columns);
+  return std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0) * kLayerWarps *
+         layer_staged_chunk(fp8_, columns);
 }
 int LayerProgramWriter::partial_bytes(int columns) const {
   return 4 * std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
 }
 // Shared memory beside the ring.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
-  return kLayerSharedReserve + size_t{kLayerWarps} * staged_bytes(columns) +
-         static_cast<size_t>(layer_buffers(columns) * partial_bytes(columns));
+  return kLayerSharedReserve +
+         static_cast<size_t>(staged_bytes(columns) + layer_buffers(columns) * partial_bytes(columns));
 }
 // Whether the phases so far leave room for a ring, whatever the number of rows: a row's bits must not depend on it.
 bool LayerProgramWriter::fits() const {
@@ -170,18 +176,14 @@ bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectP
     LayerSegment& s = p.segments[i];
     s.rows_count = static_cast<int>(from.weight.n);
     s.scale = from.weight.scale;
-    s.rows = static_cast<__nv_bfloat16*>(from.y.data);
-    s.stride = static_cast<int>(from.y.stride);
+    s.to = to_words ? words(from.weight.n / 2) : from.y.data;
+    s.stride = static_cast<int>(to_words ? from.weight.n / 2 : from.y.stride);
+    s.to_words = to_words;
+    if (s.to == nullptr) return false;
     s.first_tile = p.tiles;
-    s.map = map(from.weight, fp8, turns, cut.warps);
-    s.turns = turns;
-    s.chunks = cut.warps;
-    s.fp8 = fp8;
-    if (to_words) {
-      s.words = words(from.weight.n / 2);
-      s.stride = static_cast<int>(from.weight.n / 2);
-      if (s.words == nullptr) return false;
-    }
+    s.map = static_cast<int8_t>(map(from.weight, fp8, turns, cut.warps));
+    s.turns = static_cast<int8_t>(turns);
+    s.chunks = static_cast<int8_t>(cut.warps);
     if (fp8 == fp8_ && p.own_tiles < p.tiles) return false;
     p.tiles += tiles_of(from.weight.n);
     if (fp8 == fp8_) p.own_tiles = p.tiles;
@@ -249,7 +251,8 @@ size_t LayerProgramWriter::take_mixer(std::span<const DecodePhase> ops) {
                                        squares,
                                        static_cast<int>(shape.key_heads),
                                        static_cast<int>(shape.value_heads),
-                                       std::countr_zero(static_cast<uint64_t>(shape.value_heads / shape.key_heads))};
+                                       std::countr_zero(static_cast<uint64_t>(shape.value_heads / shape.key_heads)),
+                                       mixer_log_parts(mixer->batch.sequences * shape.value_heads, blocks_)};
   add(LayerPhaseKind::kProject).project = last;
   x_words_ = x;
   program_.updates_x = true;

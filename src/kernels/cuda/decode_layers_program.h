@@ -54,7 +54,7 @@ __host__ __device__ constexpr int layer_tile_floats(int columns) {
   return kLayerTileRows * columns * layer_partial_stride(columns);
 }
 // Slots of a down projection whose activations a warp stages at a time.
-__host__ __device__ constexpr int layer_down_slots(int columns) { return columns >= 4 ? 1 : 4 / columns; }
+__host__ __device__ constexpr int layer_down_slots(int columns) { return columns == 1 ? 4 : 1; }
 __host__ __device__ constexpr int layer_chunk_values(bool fp8) { return fp8 ? 128 : 64; }
 // Chunks of a warp in one tile, at most: inner sizes up to 4,096.
 __host__ __device__ constexpr int layer_max_turns(bool fp8) { return fp8 ? 2 : 4; }
@@ -68,16 +68,15 @@ __host__ __device__ constexpr int layer_down_stride(int parts) {
 }
 
 struct LayerSegment {
-  int rows_count;       // n
-  const float* scale;   // FP8: [ceil(n / 128)][k / 128]
-  uint2* words;         // result words [t][stride], or null
-  __nv_bfloat16* rows;  // otherwise plain rows
-  int stride;           // words or elements of a row
+  const float* scale;  // FP8: [ceil(n / 128)][k / 128]
+  void* to;            // result words [t][stride], or plain rows of bfloat16
+  int rows_count;      // n
+  int stride;          // words or elements of a row
   int first_tile;
-  int map;
-  int turns;
-  int chunks;  // of a slot
-  bool fp8;
+  int8_t map;
+  int8_t turns;
+  int8_t chunks;  // of a slot
+  bool to_words;
 };
 
 // y = W norm(x), or x += W u.
@@ -121,6 +120,7 @@ struct MixerPhase {
   int key_heads;
   int value_heads;
   int log_group;  // value heads per key head, a power of two
+  int log_parts;  // quarters of a head in a task
 };
 
 // logits = W norm(x), the shared expert's gate as their last.
@@ -196,7 +196,7 @@ struct LayerProgram {
   int phase_count;
   int map_count;
   int slots;
-  int staged_bytes;   // of one warp
+  int staged_bytes;
   int partial_bytes;  // of one of the layer_buffers()
   bool updates_x;
 };
@@ -251,7 +251,7 @@ class LayerProgramWriter {
   int down_stride_ = 0;  // 0: no expert's down projection
 };
 
-inline constexpr size_t kLayerSharedReserve = 16 * 1024;  // for what the kernel keeps beside the buffers
+inline constexpr size_t kLayerSharedReserve = 14 * 1024;  // for what the kernel keeps beside the buffers
 // Bytes in front of the words.
 inline constexpr int64_t kLayerWordsOffset = 256;
 

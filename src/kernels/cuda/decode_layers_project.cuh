@@ -164,7 +164,7 @@ __device__ __forceinline__ void stage_row(const LanePairs<kFp8>& x, const float 
     y[j] = x.value(j) * norm[j] * factor;
   }
   take(t, y);
-  stage_values<kFp8, kRows>(c.staged + turn * layer_staged_chunk(kFp8, kRows), t, y);
+  stage_values<kFp8, kRows>(c.staged + turn * kStagedTurn<kFp8, kRows>, t, y);
 }
 
 // Stages this warp's chunks of the input; what the norm divides by follows with the sums. take(turn, t, y) is called
@@ -246,7 +246,7 @@ __device__ __forceinline__ void multiply_wide_turn(float (&acc)[4], const ChunkW
                                                    int rows) {
   const int lane = threadIdx.x % kWarp;
   const int from = lane / 4 * 4 + s % 2 * 2 + lane % 4 / 2;
-  const uint8_t* const chunk = staged + s / 2 * layer_staged_chunk(true, kRows);
+  const uint8_t* const chunk = staged + s / 2 * kStagedTurn<true, kRows>;
   multiply_bf16<true>(acc, w, load_operand<2, kRows>(chunk, lane % 2 * 2, from, rows));
 }
 
@@ -254,34 +254,56 @@ __device__ __forceinline__ void multiply_wide_turn(float (&acc)[4], const ChunkW
 template <int kRows>
 struct ProjectOutput {
   static constexpr int kOutputs = kLayerTileRows * kRows;
-  static_assert(layer_batch_tiles(kRows) * kOutputs <= kLayerConsumers, "one element per thread");
   void* to = nullptr;  // a word, or two neighbouring elements
   bool is_word = false;
 
   // first: the block's number of the batch's first tile.
-  __device__ void locate(const ProjectPhase& p, int rows, int hidden, int first) {
+  __device__ void locate(const ProjectPhase& p, int rows, int hidden, int first, int batch) {
     const int own = threadIdx.x / kOutputs;
     const int t = threadIdx.x % kOutputs / kLayerTileRows;
     const int row = threadIdx.x % kLayerTileRows;
     const int tile = blockIdx.x + (first + own) * gridDim.x;
     to = nullptr;
-    if (own >= layer_batch_tiles(kRows) || tile >= p.tiles || t >= rows) return;
+    if (own >= batch || tile >= p.tiles || t >= rows) return;
     const LayerSegment& s = p.segments[segment_of(p, tile)];
     const int n = (tile - s.first_tile) * kLayerTileRows + row;
     if (n >= s.rows_count) return;
-    uint2* const words = p.accumulate ? p.residual_words : s.words;
-    const int stride = p.accumulate ? hidden >> 1 : s.stride;
-    is_word = words != nullptr;
-    to = is_word ? static_cast<void*>(words + t * stride + (n >> 1)) : s.rows + static_cast<int64_t>(t) * stride + n;
+    is_word = p.accumulate || s.to_words;
+    if (is_word) {
+      uint2* const words = p.accumulate ? p.residual_words : static_cast<uint2*>(s.to);
+      to = words + t * (p.accumulate ? hidden >> 1 : s.stride) + (n >> 1);
+    } else {
+      to = static_cast<bf16*>(s.to) + static_cast<int64_t>(t) * s.stride + n;
+    }
   }
 };
+
+// The part sums of a batch of tiles; with many rows also where the turns that a phase does not have would be staged, as
+// no warp stages them before all are past this phase.
+struct PartBatch {
+  float* parts;
+  int tiles;
+};
+template <bool kFp8, int kRows>
+__device__ __forceinline__ PartBatch part_batch(const LayerConsumer& c, int turns) {
+  constexpr int kTile = layer_tile_floats(kRows) * static_cast<int>(sizeof(float));
+  constexpr int kMost = kLayerConsumers / (kLayerTileRows * kRows);  // one element per thread
+  static_assert(layer_batch_tiles(kRows) <= kMost);
+  if constexpr (kRows < 4) {
+    return {c.buffer<kRows>(), layer_batch_tiles(kRows)};
+  } else {
+    const int free = c.program.staged_bytes - turns * kStagedTurn<kFp8, kRows>;
+    return {c.partial - free / static_cast<int>(sizeof(float)), min(kMost, layer_batch_tiles(kRows) + free / kTile)};
+  }
+}
 
 // The sums of a batch of tiles.
 template <int kRows>
 __device__ __forceinline__ void finish_projection(const ProjectPhase& p, LayerConsumer& c,
-                                                  const ProjectOutput<kRows>& out, float scale) {
-  if (c.warp * kWarp >= layer_batch_tiles(kRows) * out.kOutputs) return;
-  float value = add_element<kRows>(c.buffer<kRows>(), threadIdx.x) * scale;
+                                                  const ProjectOutput<kRows>& out, const PartBatch& batch,
+                                                  float scale) {
+  if (c.warp * kWarp >= batch.tiles * out.kOutputs) return;
+  float value = add_element<kRows>(batch.parts, threadIdx.x) * scale;
   if (p.norm_weight != nullptr) {
     value *= inverse_norm(c.shared, threadIdx.x % out.kOutputs / kLayerTileRows, p.k, p.epsilon);
   }
@@ -314,7 +336,7 @@ __device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int tu
     }
     if (i == 0 || turns > 1) {
       operand =
-          load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * layer_staged_chunk(kFp8, kRows), 0, lane, c.rows);
+          load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
     }
     int slot;
     const uint32_t chunk = c.wait(&slot);
@@ -354,26 +376,28 @@ __device__ __forceinline__ int tiles_of_block(int tiles) {
 
 template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerConsumer& c) {
-  constexpr int kBatch = layer_batch_tiles(kRows);
   const int lane = threadIdx.x % kWarp;
   const int turns = p.turns;
-  const int log_turns = turns >> 1;                      // 1, 2 or 4 turns
-  const int lane_tiles_mask = (kWarp >> log_turns) - 1;  // of the tiles whose scales the lanes hold
+  const int log_turns = turns >> 1;  // 1, 2 or 4 turns
   const bool active = c.warp < p.warps;
   const int own = tiles_of_block(p.own_tiles);
   const int all = kFp8 ? tiles_of_block(p.tiles) : own;
   RowSquares<kRows> squares;
   float scales = 1.0f;
+  int held = 0;  // first tile whose scales the lanes hold
   int first = 0;
   do {
+    const PartBatch batch = part_batch<kFp8, kRows>(c, turns);
     if constexpr (kFp8) {
+      const bool fetches = first == 0 || first + batch.tiles > held + (kWarp >> log_turns);
+      if (fetches) held = first;
       const int tile = blockIdx.x + (first + (lane >> log_turns)) * gridDim.x;
-      if ((first & lane_tiles_mask) == 0 && active && tile < p.own_tiles) {
+      if (fetches && active && tile < p.own_tiles) {
         scales = project_scale(p, tile, c.warp * turns + (lane & (turns - 1)));
       }
     }
     ProjectOutput<kRows> out;
-    if constexpr (kRows == 1) out.locate(p, c.rows, c.program.hidden, first);
+    if constexpr (kRows == 1) out.locate(p, c.rows, c.program.hidden, first, batch.tiles);
     if (first == 0 && active) {
       const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
       stage_input<kFp8, kRows, true>(
@@ -381,14 +405,14 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
       c.mark(1);
     }
     // Later than a single row's, as the rows' loads take all registers.
-    if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first);
-    const int count = max(min(kBatch, own - first), 0);
-    float* const parts = c.buffer<kRows>();
-    stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first & lane_tiles_mask) << log_turns,
+    if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first, batch.tiles);
+    const int count = max(min(batch.tiles, own - first), 0);
+    float* const parts = batch.parts;
+    stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first - held) << log_turns,
                                      parts);
     if constexpr (kFp8) {
 #pragma unroll 1
-      for (int i = count; i < min(kBatch, all - first); ++i) {
+      for (int i = count; i < min(batch.tiles, all - first); ++i) {
         stream_wide_tile<kRows>(c, 2 * turns, active, parts + i * layer_tile_floats(kRows));
       }
     }
@@ -396,9 +420,9 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
     c.mark(2);
     consumer_barrier();
     c.mark(3);
-    finish_projection<kRows>(p, c, out, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
+    finish_projection<kRows>(p, c, out, batch, kFp8 ? 1.0f / kLayerStagedScale : 1.0f);
     c.end_batch<kRows>();
-    first += kBatch;
+    first += batch.tiles;
   } while (first < all);
   c.mark(4);
   if (p.tail >= 0) store_tails(c.shared.phases[p.tail].mixer, c);
