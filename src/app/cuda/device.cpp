@@ -53,7 +53,7 @@ Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedMode
   options.page_size = flags.page_size;
   options.kv_bytes = flags.kv_cache_bytes;
   options.memory_fraction = flags.gpu_memory_utilization;
-  options.debug_sync = flags.debug_sync;
+  options.debug_sync = options.operations_apart = flags.debug_sync;
   options.on_fault = std::move(on_fault);
   options.rank_only = flags.tensor_parallel > 1;
   options.rank = flags.rank;

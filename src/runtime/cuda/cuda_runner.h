@@ -49,9 +49,8 @@ struct CudaRunnerOptions {
   bool fused_decode = true;       // the kernels for few tokens where the model allows
   bool rank_only = false;         // run rank `rank` of a tensor-parallel layout alone, collectives left out
   int32_t rank = 0;
-  // Every operation of few tokens as a launch of its own, and a wait after each: slow, but a fault of the device names
-  // its operation.
-  bool debug_sync = false;
+  bool debug_sync = false;        // wait after every launch: slow, but a fault of the device names its operations
+  bool operations_apart = false;  // with debug_sync: every operation of few tokens is a launch of its own
   // Told once, on the thread that runs steps, when the device has failed; every request will fail from then on.
   std::function<void(const Status&)> on_fault;
   // Tests only: the first launch of this step (from 1 on) that reads a sequence's state fails on the device. 0: none.

@@ -43,7 +43,7 @@ Status CudaRunner::note_fault(Status status) {
   const cudaError_t state = cudaDeviceSynchronize();
   if (state != cudaSuccess) {
     const std::string launches = describe_faulted_launches();
-    std::string place = describe_step() + "; with --debug-faults the message names the operation";
+    std::string place = describe_step() + "; with --debug-sync the message names the operation";
     if (!launches.empty()) place = launches + ", " + describe_step();
     // With debug_sync the status names the launch that was waited for. But while the driver writes a dump, waiting for
     // a launch that failed may end well and a later launch be the first to tell, so the dump knows better.
@@ -85,7 +85,7 @@ Status CudaRunner::enqueue_checked(const GraphKey& key) {
     last = parts.empty() ? "sampling" : describe_operations(body_.program(), parts);
     return true;
   };
-  TS_RETURN_IF_ERROR(enqueue(key, observe, true));
+  TS_RETURN_IF_ERROR(enqueue(key, observe, options_.operations_apart));
   return check();
 }
 

@@ -37,6 +37,32 @@ bool read_at(std::span<const std::byte> bytes, uint64_t offset, T* value) {
   return true;
 }
 
+// The table of a dump's sections, which the driver writes last.
+class Sections {
+ public:
+  explicit Sections(std::span<const std::byte> dump) : dump_(dump) {
+    if (!read_at(dump, 0, &header_) || std::memcmp(header_.e_ident, ELFMAG, SELFMAG) != 0) header_ = {};
+    Elf64_Shdr first;
+    if (!at(0, &first)) return;
+    // A dump of many warps has more sections than the header can count: the first section does.
+    count_ = header_.e_shnum == 0 ? first.sh_size : header_.e_shnum;
+    names_ = header_.e_shstrndx == SHN_XINDEX ? first.sh_link : header_.e_shstrndx;
+  }
+  uint64_t count() const { return count_; }
+  uint64_t names() const { return names_; }
+  bool at(uint64_t index, Elf64_Shdr* section) const {
+    return header_.e_shoff > 0 && header_.e_shoff <= dump_.size() &&
+           index < (dump_.size() - header_.e_shoff) / sizeof(Elf64_Shdr) &&
+           read_at(dump_, header_.e_shoff + index * sizeof(Elf64_Shdr), section);
+  }
+
+ private:
+  std::span<const std::byte> dump_;
+  Elf64_Ehdr header_ = {};
+  uint64_t count_ = 0;
+  uint64_t names_ = 0;
+};
+
 std::span<const std::byte> content(std::span<const std::byte> file, const Elf64_Shdr& section) {
   if (section.sh_offset > file.size() || file.size() - section.sh_offset < section.sh_size) return {};
   return file.subspan(section.sh_offset, section.sh_size);
@@ -55,17 +81,13 @@ void arm_fault_dump() {
 
 std::vector<LaunchParameters> launches_of_dump(std::span<const std::byte> dump) {
   std::vector<LaunchParameters> launches;
-  Elf64_Ehdr header;
-  if (!read_at(dump, 0, &header) || std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) return launches;
-  const auto section_at = [&](uint64_t index, Elf64_Shdr* section) {
-    return index < header.e_shnum && header.e_shoff <= dump.size() &&
-           read_at(dump, header.e_shoff + index * sizeof(Elf64_Shdr), section);
-  };
+  const Sections sections(dump);
   Elf64_Shdr section;
-  if (!section_at(header.e_shstrndx, &section)) return launches;
+  if (!sections.at(sections.names(), &section)) return launches;
   const std::span<const std::byte> names = content(dump, section);
-  for (uint64_t i = 0; i < header.e_shnum; ++i) {
-    if (!section_at(i, &section) || section.sh_name >= names.size()) continue;
+  for (uint64_t i = 0; i < sections.count(); ++i) {
+    if (!sections.at(i, &section)) break;
+    if (section.sh_name >= names.size()) continue;
     const std::string_view rest(reinterpret_cast<const char*>(names.data()) + section.sh_name,
                                 names.size() - section.sh_name);
     if (!rest.starts_with(kParameterSection)) continue;
