@@ -479,19 +479,11 @@ TEST(CudaRunner, EveryAllocationOfALoadMayFail) {
 // What a message of a fault must hold, by the Program.
 using Expected = std::string (*)(const compile::Program&);
 
-int32_t first_of_kind(const compile::Program& program, compile::OpKind kind) {
-  const auto& operations = program.operations;
-  const auto found =
-      std::find_if(operations.begin(), operations.end(), [&](const auto& op) { return op.kind == kind; });
-  return static_cast<int32_t>(found - operations.begin());
-}
-
-std::string numbered(const compile::Program& program, int32_t operation) {
-  return std::to_string(operation) + " '" + program.operations[operation].name + "'";
-}
-
 std::string first_mixer(const compile::Program& program) {
-  return "operation " + numbered(program, first_of_kind(program, compile::OpKind::kGdnMixer)) + " of layer 0";
+  const auto& operations = program.operations;
+  const auto found = std::find_if(operations.begin(), operations.end(),
+                                  [](const auto& op) { return op.kind == compile::OpKind::kGdnMixer; });
+  return "operation " + std::to_string(found - operations.begin()) + " '" + found->name + "' of layer 0";
 }
 
 // What is said when no operation is known.

@@ -505,14 +505,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   publish_barriers();
   __syncthreads();
   if (threadIdx.x >= kConsumers * kWarpgroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters<kFp8>));
+    give_registers<kProducerRegisters<kFp8>>();
     if constexpr (kFp8) {
       fetch_and_convert(args, key_map, value_map, shared, work);
     } else {
       if (threadIdx.x < kConsumers * kWarpgroup + kWarp) fetch(args, key_map, value_map, shared, work);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters<kFp8>));
+    take_registers<kConsumerRegisters<kFp8>>();
     attend<kFp8>(args, shared, work);
   }
 }

@@ -106,6 +106,16 @@ __device__ __forceinline__ void fp8_to_f16(uint32_t word, uint32_t& low, uint32_
       : "r"(word));
 }
 
+// Registers of each thread of the four warps that call, fewer and more than the launch gave them.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // Order-preserving map of floats that are not NaN to unsigned integers.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
   const uint32_t bits = __float_as_uint(value);

@@ -337,20 +337,19 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
   const int tiles = routing.entries << p.log_tiles;
   const int all = tiles_of_block(tiles);
   float2 scales = {1.0f, 1.0f};
-  int held = 0;  // first tile whose scales the lanes hold
+  HeldTiles held;
   int first = 0;
   do {
     const PartBatch batch = part_batch<kFp8, kRows>(c, turns);
     if constexpr (kFp8) {
-      const bool fetches = first == 0 || first + batch.tiles > held + (kWarp >> log_turns);
-      if (fetches) held = first;
+      const bool fetches = held.renew(first, batch.tiles, log_turns);
       const int tile = blockIdx.x + (first + (lane >> log_turns)) * gridDim.x;
       if (fetches && active && tile < tiles) {
         scales = unit_scale(p, routing, UnitPlace(p, tile), c.warp * turns + (lane & (turns - 1)));
       }
     }
     const int count = min(batch.tiles, all - first);
-    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first - held) << log_turns,
+    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first - held.first) << log_turns,
                                     batch.parts);
     c.mark(2);
     consumer_barrier();

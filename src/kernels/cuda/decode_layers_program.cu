@@ -134,7 +134,7 @@ LayerPhase& LayerProgramWriter::add(LayerPhaseKind kind) {
   return phase;
 }
 
-// What is staged at a time, and one of the two buffers of part sums, for steps of `columns` rows.
+// What is staged at a time, and one of the layer_buffers() of part sums, for steps of `columns` rows.
 int LayerProgramWriter::staged_bytes(int columns) const {
   return std::max(max_turns_, down_stride_ > 0 ? layer_down_slots(columns) : 0) * kLayerWarps *
          layer_staged_chunk(fp8_, columns);

@@ -374,6 +374,18 @@ __device__ __forceinline__ int tiles_of_block(int tiles) {
   return count;
 }
 
+// The tiles whose scales the lanes hold: as many as there are lanes for all their turns.
+struct HeldTiles {
+  int first = 0;
+
+  // Whether the lanes must fetch, from the batch's first tile on.
+  __device__ bool renew(int batch_first, int batch_tiles, int log_turns) {
+    const bool fetches = batch_first == 0 || batch_first + batch_tiles > first + (kWarp >> log_turns);
+    if (fetches) first = batch_first;
+    return fetches;
+  }
+};
+
 template <bool kFp8, int kRows>
 __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerConsumer& c) {
   const int lane = threadIdx.x % kWarp;
@@ -384,13 +396,12 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
   const int all = kFp8 ? tiles_of_block(p.tiles) : own;
   RowSquares<kRows> squares;
   float scales = 1.0f;
-  int held = 0;  // first tile whose scales the lanes hold
+  HeldTiles held;
   int first = 0;
   do {
     const PartBatch batch = part_batch<kFp8, kRows>(c, turns);
     if constexpr (kFp8) {
-      const bool fetches = first == 0 || first + batch.tiles > held + (kWarp >> log_turns);
-      if (fetches) held = first;
+      const bool fetches = held.renew(first, batch.tiles, log_turns);
       const int tile = blockIdx.x + (first + (lane >> log_turns)) * gridDim.x;
       if (fetches && active && tile < p.own_tiles) {
         scales = project_scale(p, tile, c.warp * turns + (lane & (turns - 1)));
@@ -408,7 +419,7 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
     if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first, batch.tiles);
     const int count = max(min(batch.tiles, own - first), 0);
     float* const parts = batch.parts;
-    stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first - held) << log_turns,
+    stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first - held.first) << log_turns,
                                      parts);
     if constexpr (kFp8) {
 #pragma unroll 1

@@ -14,21 +14,13 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
 }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}// The lane, read anew: the compiler would keep what follows from threadIdx over all phases, in local memory.
+}
+
+// The lane, read anew: the compiler would keep what follows from threadIdx over all phases, in local memory.
 __device__ __forceinline__ int read_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
-}
-
-// Registers of each thread of the four warps that call, fewer and more than the launch gave them.
-template <int kCount>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-template <int kCount>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // {value, flag} words that blocks write for each other; each is read and written as a whole.

@@ -315,10 +315,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   publish_barriers();
   __syncthreads();
   if (threadIdx.x >= kConsumers * kWarpgroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    give_registers<kProducerRegisters>();
     produce<kFp8, kSwiGlu, kGather>(args, a_map, b_map, shared, column_tiles, group_rows);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    take_registers<kConsumerRegisters>();
     consume<kFp8, kSwiGlu>(args, shared, column_tiles);
   }
 }

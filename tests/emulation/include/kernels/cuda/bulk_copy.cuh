@@ -33,7 +33,6 @@ inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer
                      emulation::Place place = emulation::Place::current()) {
   emulation::box_copy(shared, map, row, outer, turn, barrier, place);
 }
-inline void box_prefetch(const CUtensorMap&, int, int, int) {}
 inline void prefetch_map(const CUtensorMap&) {}
 
 }  // namespace tokenspeed::kernels::cuda

@@ -35,6 +35,11 @@ inline void fp8_to_f16(uint32_t word, uint32_t& low, uint32_t& high) {
   high = emulation::fp8_pair_to_f16(word >> 16);
 }
 
+template <int kCount>
+void give_registers() {}
+template <int kCount>
+void take_registers() {}
+
 inline uint32_t ordered_bits(float value) {
   const uint32_t bits = __float_as_uint(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;

@@ -12,10 +12,6 @@ inline void named_barrier(int id, int threads, emulation::Place place = emulatio
   emulation::block_barrier(id, threads, "named_barrier", place);
 }
 inline int read_lane() { return static_cast<int>(threadIdx.x % 32); }
-template <int kCount>
-void give_registers() {}
-template <int kCount>
-void take_registers() {}
 
 inline uint2 load_word(const uint2* p, emulation::Place place = emulation::Place::current()) {
   uint64_t word;
