@@ -177,6 +177,12 @@ __device__ inline void convert(const uint8_t (&raw)[kAttentionBlock][kColumns], 
   }
 }
 
+// The values behind the last key may be anything: zeros instead, in one part, by some of the block's threads.
+__device__ inline void clear_rows(bf16 (&part)[kAttentionBlock][kColumns], int keys, int thread, int threads) {
+  uint4* const rows = reinterpret_cast<uint4*>(&part[keys][0]);
+  for (int i = thread; i < (kAttentionBlock - keys) * kColumns / 8; i += threads) rows[i] = uint4{};
+}
+
 // The warpgroup that fetches FP8 pages, each warp a part of the values for itself, the first one the keys too. The keys
 // fetched after values b replace those of block b - 1, which have been multiplied when values b - 2 are released.
 __device__ inline void fetch_and_convert(const PagedAttention& args, const CUtensorMap& key_map,
@@ -191,6 +197,11 @@ __device__ inline void fetch_and_convert(const PagedAttention& args, const CUten
       barrier_wait(shared_address(&shared.raw_full[b % kRawStages][warp]), b / kRawStages % 2);
       barrier_wait(shared_address(&shared.values_empty[s]), (b / kStages + 1) % 2);
       convert(shared.raw[b % kRawStages][warp], shared.values[s][warp]);
+      const int keys = work.key_count - b * kAttentionBlock;
+      if (keys < kAttentionBlock) {
+        __syncwarp();
+        clear_rows(shared.values[s][warp], keys, threadIdx.x % kWarp, kWarp);
+      }
       publish_shared();
       warp_arrive(shared_address(&shared.values_full[s]));
     }
@@ -286,13 +297,9 @@ __device__ inline void score(float (&s)[kScores], uint32_t query, uint32_t keys)
   warpgroup_commit();
 }
 
-// The values behind the last key may be anything: zeros instead. Each warpgroup does it for itself.
+// Values that the copy engine has brought have nobody else to clear them; each warpgroup does it for itself.
 __device__ inline void clear_values(Shared& shared, int stage, int keys, int warpgroup) {
-  const int count = (kAttentionBlock - keys) * kColumns / 8;
-  for (int part = 0; part < kParts; ++part) {
-    uint4* const rows = reinterpret_cast<uint4*>(&shared.values[stage][part][keys][0]);
-    for (int i = threadIdx.x % kWarpgroup; i < count; i += kWarpgroup) rows[i] = uint4{};
-  }
+  for (auto& part : shared.values[stage]) clear_rows(part, keys, threadIdx.x % kWarpgroup, kWarpgroup);
   publish_shared();
   warpgroup_sync(warpgroup);
 }
@@ -442,7 +449,9 @@ __device__ inline void attend(const PagedAttention& args, Shared& shared, const 
     for (int i = 0; i < kScores / 2; ++i)
       p[i / 4][i % 4] = kFp8 ? pack_half(s[2 * i], s[2 * i + 1]) : pack_bf16(s[2 * i], s[2 * i + 1]);
     barrier_wait(shared_address(&shared.values_full[b % kStages]), b / kStages % 2);
-    if (work.key_count - first < kAttentionBlock) clear_values(shared, b % kStages, work.key_count - first, warpgroup);
+    if (!kFp8 && work.key_count - first < kAttentionBlock) {
+      clear_values(shared, b % kStages, work.key_count - first, warpgroup);
+    }
     settle(o);
     warpgroup_begin();
 #pragma unroll
