@@ -134,7 +134,7 @@ double layers_time_us(cudaStream_t stream, const std::vector<const Op*>& ops, vo
           phases.clear();
         };
         for (const Op* op : ops) {
-          if (op->phase && op->kind[0] != '7') {
+          if (op->phase) {
             phases.push_back(*op->phase);
             if (auto* up = std::get_if<cuda::DecodeGateUp>(&phases.back())) up->expert_ids = nullptr;
             continue;

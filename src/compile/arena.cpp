@@ -61,6 +61,11 @@ class Placing {
         if (i >= program_.head_begin) touch(id, operations());
       }
       for (int32_t id : operation.outputs) touch(id, i);
+      // A runner may leave the last norm to the head.
+      const bool last_norm =
+          std::find(operation.outputs.begin(), operation.outputs.end(), program_.hidden) != operation.outputs.end();
+      if (!last_norm) continue;
+      for (int32_t id : operation.inputs) touch(id, operations());
     }
     if (program_.hidden_in != kNone) touch(program_.hidden_in, -1);
     touch(program_.hidden, operations());

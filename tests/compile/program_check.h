@@ -75,6 +75,10 @@ class ProgramCheck {
         if (i >= program_.head_begin) accesses_[program_.values[id].root].insert(last_);
       }
       for (int32_t id : program_.operations[i].outputs) accesses_[program_.values[id].root].insert(i);
+      // The last norm may be left to the head.
+      const std::vector<int32_t>& outputs = program_.operations[i].outputs;
+      if (std::find(outputs.begin(), outputs.end(), program_.hidden) == outputs.end()) continue;
+      for (int32_t id : program_.operations[i].inputs) accesses_[program_.values[id].root].insert(last_);
     }
     accesses_[program_.values[program_.hidden].root].insert(last_);
     accesses_[program_.values[program_.logits].root].insert(last_);

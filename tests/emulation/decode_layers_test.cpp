@@ -124,6 +124,62 @@ void check_around_attention(Random* random, const LayerShape& shape, int64_t row
   expect_close("projection", floats_of(wide), floats_of(wide_expected), kLayerTolerance);
 }
 
+// The head behind the experts: float32 results of the wanted rows, each with the bits that it has alone.
+void check_head(Random* random, const LayerShape& shape, int64_t rows, const std::vector<int32_t>& wanted, int blocks) {
+  constexpr int64_t kVocabulary = 200;  // half a tile at the end
+  const Layer layer(random, shape);
+  const Weights head(random, false, kVocabulary, shape.hidden);
+  const Memory start = layer.memory(random, rows, 1);
+  Memory expected = start;
+  if (!feed_forward(layer, rows, &expected)) return check_head(random, shape, rows, wanted, blocks);
+  const std::vector<float> untouched(static_cast<size_t>(rows * kVocabulary), -1.0f);
+  std::vector<float> logits_expected(untouched);
+  project(rows_of(expected.x, shape.hidden), rows, head.matrix(), rows_of(logits_expected, kVocabulary),
+          layer.norm.data());
+
+  Multiprocessors gpu(blocks);
+  uint64_t launches = 0;
+  const auto run = [&](const Range& range, const std::vector<int32_t>* chosen) {
+    Memory memory = start;
+    std::vector<float> logits = untouched;
+    Ops ops;
+    add_experts(layer, range, &memory, &ops);
+    cuda::DecodeLinear op = {.rows = range.count, .x = x_of(layer, range, &memory), .norm_weight = layer.norm.data()};
+    op.segment_count = 1;
+    op.segments[0] = {head.matrix(), rows_of(logits, kVocabulary)};
+    if (chosen != nullptr) {
+      op.wanted = chosen->data();
+      op.wanted_count = static_cast<int32_t>(chosen->size());
+    }
+    ops.push_back(op);
+    gpu.run(ops, ++launches);
+    return logits;
+  };
+  const std::vector<float> all = run({0, rows}, nullptr);
+  const std::vector<float> some = run({0, rows}, &wanted);
+  expect_close("logits", all, logits_expected, kLayerTolerance);
+  const std::vector<int32_t> first = {0};
+  for (size_t i = 0; i < static_cast<size_t>(rows); ++i) {
+    const auto row_of = [&](const std::vector<float>& from, size_t row) {
+      return std::span(from).subspan(row * kVocabulary, kVocabulary);
+    };
+    const bool has_row = i < wanted.size();
+    EXPECT_TRUE(std::ranges::equal(row_of(some, i),
+                                   has_row ? row_of(all, static_cast<size_t>(wanted[i])) : row_of(untouched, i)));
+    if (!has_row) continue;
+    EXPECT_TRUE(std::ranges::equal(row_of(run({wanted[i], 1}, &first), 0), row_of(some, i)));
+  }
+}
+
+TEST(DecodeLayers, Head) {
+  Random random(kData);
+  for (const bool fp8 : {true, false}) {
+    check_head(&random, {256, 2, 8, 12, 4, 128, fp8}, 1, {0}, 5);
+    check_head(&random, {256, 2, 8, 12, 4, 128, fp8}, 3, {0, 2}, 4);
+    check_head(&random, {512, 2, 8, 12, 4, 128, fp8}, 5, {4}, 16);
+  }
+}
+
 TEST(DecodeLayers, AroundAttention) {
   Random random(kData);
   for (const bool fp8 : {true, false}) {

@@ -56,6 +56,9 @@ struct DecodeLinear {
   const float* norm_weight = nullptr;  // [k] or null
   float norm_epsilon = 1e-6f;
   Rows normed;  // optional, [T, k]
+  // Of decode_layers() only, for the head: row i of y is that of x's row wanted[i]; null: all rows in order.
+  const int32_t* wanted = nullptr;  // [wanted_count], ascending
+  int32_t wanted_count = 0;
   int32_t segment_count = 0;
   DecodeSegment segments[kDecodeSegments];
 };
@@ -159,11 +162,14 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch);
 // workspace: kDecodeLayersWorkspaceBytes, zeroed once before the first use, not shared by streams that overlap.
 // Normalised rows meet their weights before they are divided by their norm: elements of x * (1 + norm weight) beyond
 // 500,000 become infinite.
+// A projection of a norm may have float32 results, as the head has.
 // Launch: a block of 576 to 640 threads with all of its shared memory on every multiprocessor. Other kernels on the GPU
 // delay it but must end without it.
 using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
 inline constexpr int64_t kDecodeLayersWorkspaceBytes = 16 << 20;
 Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch);
+// Whether the persistent kernel takes this projection behind the experts of its residual stream.
+bool decode_layers_takes(const DecodeLinear& op);
 
 // token[t] = the id of the greatest of logits[t, 0:vocabulary] (ties: the lower id); -1 if any is NaN or +inf or all
 // are -inf. workspace: decode_argmax_workspace_bytes(), zeroed once before the first use.

@@ -43,4 +43,9 @@ Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const La
   return launch_layers(writer, launch);
 }
 
+bool decode_layers_takes(const DecodeLinear& op) {
+  const DecodePhase phase = op;
+  return LayerProgramWriter(nullptr, multiprocessors()).take({&phase, 1}) > 0;
+}
+
 }  // namespace tokenspeed::kernels::cuda

@@ -424,6 +424,7 @@ __device__ __forceinline__ void stage_down_row(const DownPhase& p, LayerConsumer
   } while (!__all_sync(~0u, complete));
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
+    if (i >= slots) break;
     stage_h<kFp8, 1>(value[i], c.staged + i * kStagedTurn<kFp8, 1>, 0);
   }
   __syncwarp();
@@ -531,24 +532,28 @@ __device__ __forceinline__ float down_scale(const DownPhase& p, const LayerConsu
   return m.scale[(expert * (p.hidden >> 7) + tile / (128 / kLayerTileRows)) * columns + at.chunk];
 }
 
-// The part sums of one row of the tile: parts that exist, in order.
+// The part sums of one row of the tile, in order; zeros follow up to the end of a vector.
 __device__ __forceinline__ float add_down_parts(const float* row, int parts) {
-  constexpr int kVectors = 9;  // of 8 + 1 experts of 512 FP8 columns
+  constexpr int kAtOnce = 3;  // vectors; 8 + 1 experts of 512 FP8 columns are 9
   float sum[4] = {};
 #pragma unroll 1
-  for (int begin = 0; begin < parts; begin += 4 * kVectors) {
+  for (int begin = 0; begin < parts; begin += 4 * kAtOnce) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = begin + 4 * i;
+    for (int i = 0; i < kAtOnce; ++i) {
       float4 v = {};
-      if (at < parts) v = *reinterpret_cast<const float4*>(row + at);
+      if (begin + 4 * i < parts) v = *reinterpret_cast<const float4*>(row + begin + 4 * i);
       sum[0] += v.x;
-      sum[1] += at + 1 < parts ? v.y : 0.0f;
-      sum[2] += at + 2 < parts ? v.z : 0.0f;
-      sum[3] += at + 3 < parts ? v.w : 0.0f;
+      sum[1] += v.y;
+      sum[2] += v.z;
+      sum[3] += v.w;
     }
   }
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+// The zeros, by the threads that add the parts; before the barrier in between.
+__device__ __forceinline__ void pad_down_parts(float* row, int parts) {
+#pragma unroll 1
+  for (int i = parts; i % 4 != 0; ++i) row[i] = 0;
 }
 
 template <bool kFp8, int kRows>
@@ -580,7 +585,7 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const int slot = first + i;
-        if (slot % kWarp == 0 && slot > 0) scales = down_scale<kFp8>(p, c, slot + lane, tile);
+        if (kRows > 1 && slot % kWarp == 0 && slot > 0) scales = down_scale<kFp8>(p, c, slot + lane, tile);
         int ring_slot;
         const uint32_t chunk = c.wait(&ring_slot);
         multiply_down<kFp8, kRows>(p, c, slot, i, chunk, __shfl_sync(~0u, scales, slot % kWarp));
@@ -590,12 +595,15 @@ __device__ __forceinline__ void consume_down(const DownPhase& p, LayerConsumer& 
     const int e = static_cast<int>(threadIdx.x) - tile_number * kOutputs;
     const int t = e / kLayerTileRows;
     const bool valid = e >= 0 && e < kOutputs && t < c.rows;
-    const float* const row = c.buffer<kRows>() + e * layer_down_stride((p.top_k + 1) << p.log_chunks);
+    float* const row = c.buffer<kRows>() + e * layer_down_stride((p.top_k + 1) << p.log_chunks);
     const int parts = (p.top_k + has_shared) << p.log_chunks;
+    const bool adds = __any_sync(~0u, valid);
+    if (adds) c.begin_batch<kRows>();
+    if (valid) pad_down_parts(row, parts);
     c.mark(2);
     consumer_barrier();
     c.mark(3);
-    if (__any_sync(~0u, valid)) {
+    if (adds) {
       const float sum = valid ? add_down_parts(row, parts) * (kFp8 ? 1.0f / kLayerStagedScale : 1.0f) : 0.0f;
       add_to_residual<kRows>(c, sum, valid, tile, t, e % kLayerTileRows, p.residual_words);
     }

@@ -170,22 +170,16 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
     const LayerPhase& phase = c.shared.phases[i];
     if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
     c.mark(0);
-    switch (phase.kind) {
-      case LayerPhaseKind::kProject:
-        consume_project<kFp8, kRows>(phase.project, c);
-        break;
-      case LayerPhaseKind::kMixer:
-        consume_mixer<kRows>(phase.mixer, c);
-        break;
-      case LayerPhaseKind::kRouter:
-        consume_router<kFp8, kRows>(phase.router, c);
-        break;
-      case LayerPhaseKind::kGateUp:
-        consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
-        break;
-      case LayerPhaseKind::kDown:
-        consume_down<kFp8, kRows>(phase.down, c);
-        break;
+    if (phase.is(LayerPhaseKind::kProject)) {
+      consume_project<kFp8, kRows>(phase.project, c);
+    } else if (phase.is(LayerPhaseKind::kMixer)) {
+      consume_mixer<kRows>(phase.mixer, c);
+    } else if (phase.is(LayerPhaseKind::kRouter)) {
+      consume_router<kFp8, kRows>(phase.router, c);
+    } else if (phase.is(LayerPhaseKind::kGateUp)) {
+      consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
+    } else {
+      consume_down<kFp8, kRows>(phase.down, c);
     }
 #ifdef TOKENSPEED_LAYER_CLOCKS
     if (threadIdx.x == 0 && program.phase_count == 23) {

@@ -38,6 +38,10 @@ int mixer_log_parts(int64_t heads, int blocks) {
 int tiles_of(int64_t rows) { return static_cast<int>((rows + kLayerTileRows - 1) / kLayerTileRows); }
 // Plain rows are read four elements at a time.
 bool readable(const Rows& rows) { return rows.stride % 4 == 0; }
+// Results are stored two at a time.
+bool writable(const Rows& rows) {
+  return rows.stride % 2 == 0 && (rows.dtype == DType::kBFloat16 || rows.dtype == DType::kFloat32);
+}
 const __nv_bfloat16* elements(const Rows& rows) { return static_cast<const __nv_bfloat16*>(rows.data); }
 
 // Where a projection leaves the words of an array that is all of one of its results, or some columns of one.
@@ -170,7 +174,9 @@ bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectP
   for (int i = 0; i < op.segment_count; ++i) {
     const DecodeSegment& from = op.segments[i];
     const bool fp8 = is_fp8(from.weight);
-    if (!streams(from.weight) || from.weight.k != k || (fp8 && !fp8_) || from.y.dtype != DType::kBFloat16) return false;
+    const bool floats = from.y.dtype == DType::kFloat32;
+    if (!streams(from.weight) || from.weight.k != k || (fp8 && !fp8_) || !writable(from.y)) return false;
+    if (floats && (to_words || from.accumulate)) return false;
     // A bfloat16 weight beside FP8 ones is cut at the same columns.
     const int turns = fp8_ && !fp8 ? 2 * cut.turns : cut.turns;
     LayerSegment& s = p.segments[i];
@@ -178,7 +184,7 @@ bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectP
     s.scale = from.weight.scale;
     s.to = to_words ? words(from.weight.n / 2) : from.y.data;
     s.stride = static_cast<int>(to_words ? from.weight.n / 2 : from.y.stride);
-    s.to_words = to_words;
+    s.result = to_words ? LayerResult::kWords : floats ? LayerResult::kFloatRows : LayerResult::kRows;
     if (s.to == nullptr) return false;
     s.first_tile = p.tiles;
     s.map = static_cast<int8_t>(map(from.weight, fp8, turns, cut.warps));
@@ -356,20 +362,25 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   return 3;
 }
 
-// norm(x) -> plain rows, or x += W u of plain rows.
+// norm(x) -> plain rows, or x += W u of plain rows. bfloat16 weights alone are taken beside FP8 ones as well.
 size_t LayerProgramWriter::take_projection(const DecodeLinear& op) {
   const bool accumulates = op.segments[0].accumulate;
   if (op.segment_count < 1 || op.normed.data != nullptr) return 0;
-  if (accumulates == (op.norm_weight != nullptr) || (accumulates && op.segment_count != 1)) return 0;
+  if (accumulates == (op.norm_weight != nullptr)) return 0;
+  if (accumulates && op.segment_count != 1) return 0;
+  // Which rows are wanted is known of the launch, and for results of float32.
+  if (program_.wanted != nullptr || (op.wanted != nullptr && op.segments[0].y.dtype != DType::kFloat32)) return 0;
   bool fp8 = false;
   for (int i = 0; i < op.segment_count; ++i) {
     fp8 |= is_fp8(op.segments[i].weight);
     if (op.segments[i].accumulate != accumulates) return 0;
   }
   const int64_t hidden = accumulates ? op.segments[0].weight.n : op.segments[0].weight.k;
-  if (!begin(op.rows, fp8, hidden, 1, op.segment_count)) return 0;
+  if (!begin(op.rows, fp8 || (!empty() && fp8_), hidden, 1, op.segment_count)) return 0;
   ProjectPhase p;
   if (!project(op, false, &p)) return 0;
+  program_.wanted = op.wanted;
+  program_.wanted_count = op.wanted_count;
   if (accumulates) {
     if (!readable(op.x) || !residual(op.segments[0].y, hidden)) return 0;
     p.rows = elements(op.x);

@@ -67,16 +67,17 @@ __host__ __device__ constexpr int layer_down_stride(int parts) {
   return (vectors % 2 == 0 ? vectors + 1 : vectors) * 4;
 }
 
+enum class LayerResult : int8_t { kRows, kFloatRows, kWords };
 struct LayerSegment {
   const float* scale;  // FP8: [ceil(n / 128)][k / 128]
-  void* to;            // result words [t][stride], or plain rows of bfloat16
+  void* to;            // result words [t][stride], or plain rows of bfloat16 or float32
   int rows_count;      // n
   int stride;          // words or elements of a row
   int first_tile;
   int8_t map;
   int8_t turns;
   int8_t chunks;  // of a slot
-  bool to_words;
+  LayerResult result;
 };
 
 // y = W norm(x), or x += W u.
@@ -172,7 +173,8 @@ struct DownPhase {
   uint2* residual_words;
 };
 
-enum class LayerPhaseKind : int { kProject, kMixer, kRouter, kGateUp, kDown };
+// Bits: the kernel tells them apart by tests, as a jump through a table would wait for constant memory.
+enum class LayerPhaseKind : int { kProject = 1, kMixer = 2, kRouter = 4, kGateUp = 8, kDown = 16 };
 struct alignas(16) LayerPhase {
   LayerPhaseKind kind;
   union {
@@ -182,6 +184,9 @@ struct alignas(16) LayerPhase {
     GateUpPhase gate_up;
     DownPhase down;
   };
+  __host__ __device__ bool is(LayerPhaseKind one) const {
+    return (static_cast<int>(kind) & static_cast<int>(one)) != 0;
+  }
 };
 
 struct LayerProgram {
@@ -191,6 +196,8 @@ struct LayerProgram {
   unsigned* counters;  // the number of launches so far, blocks that have finished
   __nv_bfloat16* x;    // the residual stream
   int64_t x_stride;
+  const int32_t* wanted;  // the step's row of each row of float32; null: all in order
+  int wanted_count;
   int hidden;
   int rows;
   int phase_count;

@@ -255,26 +255,39 @@ template <int kRows>
 struct ProjectOutput {
   static constexpr int kOutputs = kLayerTileRows * kRows;
   void* to = nullptr;  // a word, or two neighbouring elements
-  bool is_word = false;
+  LayerResult result = LayerResult::kRows;
 
   // first: the block's number of the batch's first tile.
-  __device__ void locate(const ProjectPhase& p, int rows, int hidden, int first, int batch) {
+  __device__ void locate(const ProjectPhase& p, const LayerProgram& program, int first, int batch) {
     const int own = threadIdx.x / kOutputs;
     const int t = threadIdx.x % kOutputs / kLayerTileRows;
     const int row = threadIdx.x % kLayerTileRows;
     const int tile = blockIdx.x + (first + own) * gridDim.x;
     to = nullptr;
-    if (own >= batch || tile >= p.tiles || t >= rows) return;
+    if (own >= batch || tile >= p.tiles || t >= program.rows) return;
     const LayerSegment& s = p.segments[segment_of(p, tile)];
     const int n = (tile - s.first_tile) * kLayerTileRows + row;
     if (n >= s.rows_count) return;
-    is_word = p.accumulate || s.to_words;
-    if (is_word) {
+    result = p.accumulate ? LayerResult::kWords : s.result;
+    if (result == LayerResult::kWords) {
       uint2* const words = p.accumulate ? p.residual_words : static_cast<uint2*>(s.to);
-      to = words + t * (p.accumulate ? hidden >> 1 : s.stride) + (n >> 1);
-    } else {
+      to = words + t * (p.accumulate ? program.hidden >> 1 : s.stride) + (n >> 1);
+    } else if (result == LayerResult::kRows) {
       to = static_cast<bf16*>(s.to) + static_cast<int64_t>(t) * s.stride + n;
+    } else {
+      const int place = kRows == 1 ? 0 : wanted_place(program, t);
+      if (place >= 0) to = static_cast<float*>(s.to) + static_cast<int64_t>(place) * s.stride + n;
     }
+  }
+  // Which of the wanted rows the step's row t is, or -1.
+  static __device__ int wanted_place(const LayerProgram& program, int t) {
+    if (program.wanted == nullptr) return t;
+    int place = -1;
+#pragma unroll 1
+    for (int i = 0; i < program.wanted_count; ++i) {
+      if (program.wanted[i] == t) place = i;
+    }
+    return place;
   }
 };
 
@@ -311,10 +324,12 @@ __device__ __forceinline__ void finish_projection(const ProjectPhase& p, LayerCo
   float odd;
   if (!pair_up(value, &odd) || out.to == nullptr) return;
   const uint32_t pair = pack_bf16(value, odd);
-  if (out.is_word) {
+  if (out.result == LayerResult::kWords) {
     store_word(static_cast<uint2*>(out.to), pair, c.launch);
-  } else {
+  } else if (out.result == LayerResult::kRows) {
     *static_cast<uint32_t*>(out.to) = pair;
+  } else {
+    *static_cast<float2*>(out.to) = {value, odd};
   }
 }
 
@@ -408,7 +423,7 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
       }
     }
     ProjectOutput<kRows> out;
-    if constexpr (kRows == 1) out.locate(p, c.rows, c.program.hidden, first, batch.tiles);
+    if constexpr (kRows == 1) out.locate(p, c.program, first, batch.tiles);
     if (first == 0 && active) {
       const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, p.squares, p.epsilon};
       stage_input<kFp8, kRows, true>(
@@ -416,7 +431,7 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
       c.mark(1);
     }
     // Later than a single row's, as the rows' loads take all registers.
-    if constexpr (kRows > 1) out.locate(p, c.rows, c.program.hidden, first, batch.tiles);
+    if constexpr (kRows > 1) out.locate(p, c.program, first, batch.tiles);
     const int count = max(min(batch.tiles, own - first), 0);
     float* const parts = batch.parts;
     stream_tiles<kFp8, kRows, false>(c, count, turns, active, {scales, scales}, (first - held.first) << log_turns,

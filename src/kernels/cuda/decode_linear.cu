@@ -206,6 +206,7 @@ Status check(const DecodeLinear& a) {
   if (k % 64 != 0) return bad("k is " + std::to_string(k) + ", it must be a multiple of 64");
   if (a.norm_weight != nullptr && k > kNormLimit) return bad("a fused norm takes at most 8192 columns");
   if (a.x.dtype != DType::kBFloat16) return bad("x must be bfloat16");
+  if (a.wanted != nullptr) return bad("rows are chosen by decode_layers only");
   for (int i = 0; i < a.segment_count; ++i) {
     const DecodeSegment& s = a.segments[i];
     if (s.weight.k != k || s.weight.n < 1) return bad("all segments must have x's columns");

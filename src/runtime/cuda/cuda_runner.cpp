@@ -144,7 +144,7 @@ Status CudaRunner::enqueue(const GraphKey& key, const LaunchObserver& observe, b
   const bool fused = runs_fused(key.tokens);
   TS_RETURN_IF_ERROR(key.max_context > 0 ? decode_.run_body(rank_, step, key.max_context, observe, apart)
                                          : body_.run_body(rank_, step, observe));
-  return last().one_group ? enqueue_sampling(key, step, fused, observe) : Status();
+  return last().one_group ? enqueue_sampling(key, step, fused, observe, apart) : Status();
 }
 
 // Positions no sequence of the step reaches beyond: a power of two, so that a captured step serves for long.
@@ -158,10 +158,10 @@ int64_t CudaRunner::context_class(std::span<const SequenceStep> sequences) const
 }
 
 Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused,
-                                    const LaunchObserver& observe) {
+                                    const LaunchObserver& observe, bool apart) {
   int32_t* tokens = reinterpret_cast<int32_t*>(tokens_.data());
   if (step.wanted_count > 0) {
-    TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step, observe) : body_.run_head(rank_, step, observe));
+    TS_RETURN_IF_ERROR(fused ? decode_.run_head(rank_, step, observe, apart) : body_.run_head(rank_, step, observe));
     TS_ASSIGN_OR_RETURN(const bool sampled, shall_launch(observe, {}));
     const compile::Program& program = body_.program();
     const kernels::Rows logits = body_.rows(rank_, program.logits);

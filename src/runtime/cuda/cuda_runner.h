@@ -138,7 +138,8 @@ class CudaRunner : public Runner {
   Status send_input();
   int64_t context_class(std::span<const SequenceStep> sequences) const;
   Status enqueue(const GraphKey& key, const LaunchObserver& observe, bool apart = false);
-  Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe);
+  Status enqueue_sampling(const GraphKey& key, const CudaStep& step, bool fused, const LaunchObserver& observe,
+                          bool apart);
   Status enqueue_step(const GraphKey& key);  // with what debug_sync and tests of faults want
   Status spoil_state_slots(const GraphKey& key);
   Status enqueue_checked(const GraphKey& key);

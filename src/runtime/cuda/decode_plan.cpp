@@ -39,6 +39,7 @@ class DecodePlanBuilder {
       if (!known) return DecodePlan();
     }
     plan_.group_calls();
+    place_head();
     return std::move(plan_);
   }
 
@@ -290,6 +291,38 @@ class DecodePlanBuilder {
     return true;
   }
 
+  // The final norm and the head in the launch of the last layers, where decode_layers takes them.
+  void place_head() {
+    const int32_t gather = program_.program().head_begin;
+    const int32_t linear = gather + 1;
+    const int32_t norm = writer(program_.program().hidden);
+    if (plan_.layers_.size() == 0 || linear >= static_cast<int32_t>(operations_.size()) ||
+        operations_[gather].kind != OpKind::kGatherRows || operations_[linear].kind != OpKind::kLinear ||
+        norm == kNone || plan_.calls_.back().parts[0].operation != norm || plan_.layer_runs_.size() < 2) {
+      return;
+    }
+    cuda::DecodeLinear head;
+    head.rows = cuda::kDecodeTokens;
+    head.x = {nullptr, DType::kBFloat16, program_.program().hidden_size};
+    head.norm_weight = program_.weight(operations_[norm], 0).vector();
+    head.norm_epsilon = operations_[norm].attributes.epsilon;
+    head.segment_count = 1;
+    head.segments[0] = {program_.weight(operations_[linear], 0).matrix,
+                        {nullptr, DType::kFloat32, program_.program().values[operations_[linear].outputs[0]].columns},
+                        false};
+    if (!cuda::decode_layers_takes(head)) return;
+    plan_.add_head({{norm}, {gather}, {linear}}, [program = &program_, head, x = operations_[norm].inputs[0],
+                                                  y = operations_[linear].outputs[0]](const Context& c) {
+      cuda::DecodeLinear args = head;
+      args.rows = c.step.batch.tokens;
+      args.x = program->rows(c.rank, x);
+      args.segments[0].y = program->rows(c.rank, y);
+      args.wanted = c.step.wanted;
+      args.wanted_count = c.step.wanted_count;
+      return args;
+    });
+  }
+
   // The shared expert's gate is a float32 vector in the Program; the fused projection takes it as a row of bfloat16.
   Result<kernels::Matrix> gate_row(const Operation& combine) {
     const int64_t hidden = program_.program().hidden_size;
@@ -429,8 +462,17 @@ struct LaunchPhase {
 Status DecodePlan::run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context,
                             const LaunchObserver& observe, bool apart) const {
   const Context context = {rank, step, max_context};
-  const bool few = step.batch.tokens <= cuda::kDecodeTokens;
-  return few && !apart && layers_.size() > 0 ? run_layers(context, observe) : run_apart(context, observe);
+  return runs_layers(step, apart) ? run_layers(context, observe) : run_apart(context, observe);
+}
+
+bool DecodePlan::runs_layers(const CudaStep& step, bool apart) const {
+  return step.batch.tokens <= cuda::kDecodeTokens && !apart && layers_.size() > 0;
+}
+
+// More wanted rows than the head takes at once are left to a runner that goes through them in groups.
+bool DecodePlan::head_along(const CudaStep& step, bool apart) const {
+  return head_run_ && runs_layers(step, apart) && step.wanted_count > 0 &&
+         step.wanted_count <= program_->program().logit_rows;
 }
 
 // The calls between two attentions are one call of decode_layers.
@@ -444,30 +486,46 @@ void DecodePlan::group_calls() {
   }
 }
 
+// parts: the head's, the norm's before them.
+void DecodePlan::add_head(const std::vector<OperationPart>& parts, std::function<Phase(const Context&)> phase) {
+  HeadRun& run = head_run_.emplace();
+  run.layers = layer_runs_[layer_runs_.size() - 2];
+  run.layers.parts.insert(run.layers.parts.end(), parts.begin(), parts.end());
+  run.phase = std::move(phase);
+}
+
 std::vector<std::span<const OperationPart>> DecodePlan::launches() const {
   std::vector<std::span<const OperationPart>> launches;
   for (const Call& call : calls_) launches.emplace_back(call.parts);
   if (layers_.size() == 0) return launches;
   for (const LayerRun& run : layer_runs_) launches.emplace_back(run.parts);
+  if (head_run_) launches.emplace_back(head_run_->layers.parts);
   return launches;
 }
 
 Status DecodePlan::run_layers(const Context& context, const LaunchObserver& observe) const {
-  const cuda::Launch launch = {.stream = context.rank.streams[0]};
-  std::vector<Phase> phases;
-  for (const LayerRun& run : layer_runs_) {
-    TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, run.parts));
-    if (!launched) continue;
-    Status status;
-    if (!calls_[run.begin].phase) {
-      status = calls_[run.begin].run(context);
-    } else {
-      phases.clear();
-      for (size_t i = run.begin; i < run.end; ++i) phases.push_back(calls_[i].phase(context));
-      status = cuda::decode_layers(phases, layers_.data(), launch);
-    }
-    if (!status.ok()) return std::move(status).with_context(describe_operations(program_->program(), run.parts));
+  const bool head = head_along(context.step, false);
+  for (size_t i = 0; i + (head ? 2 : 0) < layer_runs_.size(); ++i) {
+    TS_RETURN_IF_ERROR(run_layer_run(layer_runs_[i], {}, context, observe));
   }
+  return head ? run_layer_run(head_run_->layers, head_run_->phase, context, observe) : Status();
+}
+
+// head: what follows the run's calls in their launch, or nothing.
+Status DecodePlan::run_layer_run(const LayerRun& run, const std::function<Phase(const Context&)>& head,
+                                 const Context& context, const LaunchObserver& observe) const {
+  TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, run.parts));
+  if (!launched) return {};
+  Status status;
+  if (!calls_[run.begin].phase) {
+    status = calls_[run.begin].run(context);
+  } else {
+    std::vector<Phase> phases;
+    for (size_t i = run.begin; i < run.end; ++i) phases.push_back(calls_[i].phase(context));
+    if (head) phases.push_back(head(context));
+    status = cuda::decode_layers(phases, layers_.data(), {.stream = context.rank.streams[0]});
+  }
+  if (!status.ok()) return std::move(status).with_context(describe_operations(program_->program(), run.parts));
   return {};
 }
 
@@ -491,9 +549,11 @@ Status DecodePlan::run_apart(const Context& context, const LaunchObserver& obser
   return {};
 }
 
-Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe) const {
+Status DecodePlan::run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe,
+                            bool apart) const {
   const compile::Program& program = program_->program();
-  for (int32_t i = program.head_begin; i < static_cast<int32_t>(program.operations.size()); ++i) {
+  const int32_t done = head_along(step, apart) ? 2 : 0;  // the choice of rows and the projection
+  for (int32_t i = program.head_begin + done; i < static_cast<int32_t>(program.operations.size()); ++i) {
     const Operation& op = program.operations[i];
     const OperationPart part = {.operation = i};
     TS_ASSIGN_OR_RETURN(const bool launched, shall_launch(observe, {&part, 1}));

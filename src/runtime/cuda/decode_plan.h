@@ -30,11 +30,13 @@ class DecodePlan {
 
   // No sequence reaches beyond max_context positions. At most kDecodeTokens rows, or a step that takes_batch() allows.
   // apart: every operation of few tokens as a launch of its own, so that it can be timed; a step runs those of several
-  // layers in one where decode_layers takes them, with other bits (both within the tolerance of bfloat16).
+  // layers in one where decode_layers takes them, with other bits (both within the tolerance of bfloat16), the head
+  // behind the last layer (head_along()).
   Status run_body(const CudaRank& rank, const CudaStep& step, int64_t max_context, const LaunchObserver& observe = {},
                   bool apart = false) const;
-  // At most kDecodeTokens wanted rows.
-  Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {}) const;
+  // What run_body() has left of the head. At most kDecodeTokens wanted rows; apart: as for run_body().
+  Status run_head(const CudaRank& rank, const CudaStep& step, const LaunchObserver& observe = {},
+                  bool apart = false) const;
 
  private:
   friend class DecodePlanBuilder;
@@ -56,13 +58,24 @@ class DecodePlan {
     size_t end = 0;
     std::vector<OperationPart> parts;
   };
+  // The last norm, the choice of rows and the head behind the last layers, instead of the last two layer_runs_.
+  struct HeadRun {
+    LayerRun layers;  // its parts are the head's as well
+    std::function<Phase(const Context&)> phase;
+  };
   void group_calls();
+  void add_head(const std::vector<OperationPart>& parts, std::function<Phase(const Context&)> phase);
+  bool runs_layers(const CudaStep& step, bool apart) const;
+  bool head_along(const CudaStep& step, bool apart) const;
   Status run_layers(const Context& context, const LaunchObserver& observe) const;
+  Status run_layer_run(const LayerRun& run, const std::function<Phase(const Context&)>& head, const Context& context,
+                       const LaunchObserver& observe) const;
   Status run_apart(const Context& context, const LaunchObserver& observe) const;
 
   const CudaProgram* program_ = nullptr;
   std::vector<Call> calls_;
   std::vector<LayerRun> layer_runs_;
+  std::optional<HeadRun> head_run_;
   DeviceMemory layers_;   // workspace of decode_layers; empty: models without experts, which it would not make faster
   DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
   BatchScratch batch_;    // in scratch_
