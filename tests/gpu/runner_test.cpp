@@ -486,9 +486,6 @@ std::string first_mixer(const compile::Program& program) {
   return "operation " + std::to_string(found - operations.begin()) + " '" + found->name + "' of layer 0";
 }
 
-// What is said when no operation is known.
-std::string way_to_name(const compile::Program&) { return "with --debug-sync the message names the operation"; }
-
 // In a process of its own: a fault leaves the context unusable. The launch that fails is the first of step
 // `failing_step` that reads a state; all steps are alike: the first runs launch by launch, the second as a graph.
 // A graph's other launches may still end and publish the step's token: the next step tells then.
@@ -524,8 +521,9 @@ int run_into_fault(bool debug_sync, uint64_t failing_step, Expected expected) {
 
 TEST(CudaRunnerDeathTest, AFaultEndsEveryStepAndIsToldOnce) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(std::_Exit(run_into_fault(false, 1, way_to_name)), testing::ExitedWithCode(7),
-              "a step of 1 sequences.*The process must be started again");
+  EXPECT_EXIT(std::_Exit(run_into_fault(false, 1, first_mixer)), testing::ExitedWithCode(7),
+              "a step of 1 sequences.*which had come to .* with --debug-sync the message names the operation.*"
+              "The process must be started again");
 }
 
 // The driver reads its settings when it starts, so they must be there before the process that will fail is; every one
@@ -540,9 +538,10 @@ void expect_fault_told(bool debug_sync, uint64_t failing_step, Expected expected
     unsetenv(setting);
 }
 
-// The first launch that reads a state holds four layers, and the driver does not finish its dump (fault_dump.h).
-TEST(CudaRunnerDeathTest, AFaultInALaunchOfLayersTellsTheWayToItsName) { expect_fault_told(false, 1, way_to_name); }
-TEST(CudaRunnerDeathTest, AFaultInAGraphTellsTheWayToItsName) { expect_fault_told(false, 2, way_to_name); }
+// The first launch that reads a state holds four layers, and the driver does not finish its dump (fault_dump.h): the
+// message has the operation that the launch had come to.
+TEST(CudaRunnerDeathTest, AFaultInALaunchOfLayersTellsWhereItWas) { expect_fault_told(false, 1, first_mixer); }
+TEST(CudaRunnerDeathTest, AFaultInAGraphTellsWhereItWas) { expect_fault_told(false, 2, first_mixer); }
 TEST(CudaRunnerDeathTest, WithDebugSyncADumpNamesTheOperation) { expect_fault_told(true, 1, first_mixer); }
 
 TEST(CudaRunnerDeathTest, WithDebugSyncAFaultNamesItsOperation) {

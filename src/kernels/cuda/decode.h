@@ -167,7 +167,15 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch);
 // delay it but must end without it.
 using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
 inline constexpr int64_t kDecodeLayersWorkspaceBytes = 16 << 20;
-Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch);
+// progress: where the persistent kernel writes the number of the op that its first block begins, and at its end that of
+// the op after the last; ops are counted from `first`. Memory that the host can read while the kernel runs and after a
+// fault. As blocks wait for each other, every op but this one and the one before is over, or has not begun.
+struct DecodeProgress {
+  uint32_t* op = nullptr;  // null: nowhere
+  uint32_t first = 0;
+};
+Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch,
+                     const DecodeProgress& progress = {});
 // Whether the persistent kernel takes this projection behind the experts of its residual stream.
 bool decode_layers_takes(const DecodeLinear& op);
 

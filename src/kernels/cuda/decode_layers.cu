@@ -12,9 +12,10 @@ Status launch_alone(const DecodePhase& op, const Launch& launch) {
   return decode_down(std::get<DecodeDown>(op), launch);
 }
 
-Status launch_layers(LayerProgramWriter& writer, const Launch& launch) {
+Status launch_layers(LayerProgramWriter& writer, const Launch& launch, DecodeProgress* progress) {
   if (writer.empty()) return {};
-  const LayerProgram& program = writer.finish();
+  const LayerProgram& program = writer.finish(*progress);
+  progress->first += static_cast<uint32_t>(program.phase_count);
   const int columns = layer_columns(program.rows);
   const Status status = launch_kernel(
       "decode_layers", launch,
@@ -26,21 +27,24 @@ Status launch_layers(LayerProgramWriter& writer, const Launch& launch) {
 
 }  // namespace
 
-Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch) {
+Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch,
+                     const DecodeProgress& progress) {
   LayerProgramWriter writer(workspace, multiprocessors());
+  DecodeProgress next = progress;
   while (!ops.empty()) {
     size_t taken = writer.take(ops);
     if (taken == 0 && !writer.empty()) {
-      TS_RETURN_IF_ERROR(launch_layers(writer, launch));
+      TS_RETURN_IF_ERROR(launch_layers(writer, launch, &next));
       taken = writer.take(ops);
     }
     if (taken == 0) {
       TS_RETURN_IF_ERROR(launch_alone(ops.front(), launch));
       taken = 1;
+      ++next.first;
     }
     ops = ops.subspan(taken);
   }
-  return launch_layers(writer, launch);
+  return launch_layers(writer, launch, &next);
 }
 
 bool decode_layers_takes(const DecodeLinear& op) {

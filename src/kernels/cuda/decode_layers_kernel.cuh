@@ -157,6 +157,11 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
+__device__ __forceinline__ void tell_progress(const LayerProgram& program, int phase) {
+  if (blockIdx.x != 0 || program.progress.op == nullptr) return;
+  *const_cast<volatile uint32_t*>(program.progress.op) = program.progress.first + phase;
+}
+
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume(LayerConsumer& c) {
   const LayerProgram& program = c.program;
@@ -168,7 +173,10 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
 #pragma unroll 1
   for (int i = 0; i < program.phase_count; ++i) {
     const LayerPhase& phase = c.shared.phases[i];
-    if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
+      tell_progress(program, i);
+    }
     c.mark(0);
     if (phase.is(LayerPhaseKind::kProject)) {
       consume_project<kFp8, kRows>(phase.project, c);
@@ -188,6 +196,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
 #endif
   }
   if (program.updates_x && x != nullptr) *x = __float2bfloat16_rn(c.residual);
+  if (threadIdx.x == 0) tell_progress(program, program.phase_count);
   // The last block to come counts the launch; by then all have read the number.
   if (threadIdx.x == 0 && atomicAdd(program.counters + 1, 1u) + 1 == gridDim.x) {
     program.counters[1] = 0;

@@ -418,7 +418,8 @@ size_t LayerProgramWriter::take(std::span<const DecodePhase> ops) {
   return taken;
 }
 
-const LayerProgram& LayerProgramWriter::finish() {
+const LayerProgram& LayerProgramWriter::finish(const DecodeProgress& progress) {
+  program_.progress = progress;
   program_.staged_bytes = staged_bytes(columns_);
   program_.partial_bytes = partial_bytes(columns_);
   program_.slots =

@@ -196,7 +196,8 @@ struct LayerProgram {
   unsigned* counters;  // the number of launches so far, blocks that have finished
   __nv_bfloat16* x;    // the residual stream
   int64_t x_stride;
-  const int32_t* wanted;  // the step's row of each row of float32; null: all in order
+  DecodeProgress progress;  // phases are ops
+  const int32_t* wanted;    // the step's row of each row of float32; null: all in order
   int wanted_count;
   int hidden;
   int rows;
@@ -224,8 +225,8 @@ class LayerProgramWriter {
   bool empty() const { return program_.phase_count == 0; }
   bool fp8() const { return fp8_; }
   int experts() const { return experts_; }  // of the router, at most
-  // The launch so far; shared_bytes() of dynamic shared memory.
-  const LayerProgram& finish();
+  // The launch so far; shared_bytes() of dynamic shared memory. progress: of its first op.
+  const LayerProgram& finish(const DecodeProgress& progress = {});
   size_t shared_bytes() const;
   void clear();
 

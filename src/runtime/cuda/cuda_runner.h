@@ -159,6 +159,7 @@ class CudaRunner : public Runner {
   void finish_rows(Submitted* step, std::span<const int32_t> indices, int64_t first);
   std::string describe_step() const;
   std::string describe_faulted_launches() const;
+  std::string describe_progress() const;
   // The device's faults are remembered; other errors belong to the step.
   Status note_fault(Status status);
 

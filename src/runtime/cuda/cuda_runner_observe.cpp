@@ -36,6 +36,15 @@ std::string CudaRunner::describe_faulted_launches() const {
   return found;
 }
 
+// ", which had come to operation 7 'router' of layer 0"; what runs behind the layers' launch may have failed as well.
+std::string CudaRunner::describe_progress() const {
+  std::string found;
+  for (const std::span<const OperationPart> parts : decode_.reached()) {
+    found += (found.empty() ? ", which had come to " : " or ") + describe_operations(body_.program(), parts);
+  }
+  return found;
+}
+
 Status CudaRunner::note_fault(Status status) {
   if (status.code() != StatusCode::kInternal || !fault_.ok()) return status;
   // A call that reports an earlier launch's failure would blame its own operation.
@@ -43,8 +52,12 @@ Status CudaRunner::note_fault(Status status) {
   const cudaError_t state = cudaDeviceSynchronize();
   if (state != cudaSuccess) {
     const std::string launches = describe_faulted_launches();
-    std::string place = describe_step() + "; with --debug-sync the message names the operation";
-    if (!launches.empty()) place = launches + ", " + describe_step();
+    std::string place = describe_step() + describe_progress();
+    if (launches.empty()) {
+      place += "; with --debug-sync the message names the operation";
+    } else {
+      place = launches + ", " + place;
+    }
     // With debug_sync the status names the launch that was waited for. But while the driver writes a dump, waiting for
     // a launch that failed may end well and a later launch be the first to tell, so the dump knows better.
     if (!launches.empty() || !options_.debug_sync) {

@@ -88,6 +88,7 @@ class DecodePlanBuilder {
     TS_ASSIGN_OR_RETURN(plan_.scratch_, DeviceMemory::allocate(bytes, "decoding"));
     if (h_columns > 0) {
       TS_ASSIGN_OR_RETURN(plan_.layers_, DeviceMemory::allocate(cuda::kDecodeLayersWorkspaceBytes, "decoding"));
+      TS_ASSIGN_OR_RETURN(plan_.progress_, PinnedMemory::allocate(sizeof(uint32_t), "decoding"));
     }
     std::byte* base = plan_.scratch_.data();
     router_logits_ = reinterpret_cast<float*>(base + logits);
@@ -487,10 +488,11 @@ void DecodePlan::group_calls() {
 }
 
 // parts: the head's, the norm's before them.
-void DecodePlan::add_head(const std::vector<OperationPart>& parts, std::function<Phase(const Context&)> phase) {
+void DecodePlan::add_head(std::vector<OperationPart> parts, std::function<Phase(const Context&)> phase) {
   HeadRun& run = head_run_.emplace();
   run.layers = layer_runs_[layer_runs_.size() - 2];
   run.layers.parts.insert(run.layers.parts.end(), parts.begin(), parts.end());
+  run.parts = std::move(parts);
   run.phase = std::move(phase);
 }
 
@@ -501,6 +503,17 @@ std::vector<std::span<const OperationPart>> DecodePlan::launches() const {
   for (const LayerRun& run : layer_runs_) launches.emplace_back(run.parts);
   if (head_run_) launches.emplace_back(head_run_->layers.parts);
   return launches;
+}
+
+std::vector<std::span<const OperationPart>> DecodePlan::reached() const {
+  std::vector<std::span<const OperationPart>> found;
+  if (layers_.size() == 0) return found;
+  const size_t begun = *reinterpret_cast<const volatile uint32_t*>(progress_.data());
+  for (size_t i = begun == 0 ? 1 : begun - 1; i <= begun && i < calls_.size(); ++i) {
+    const bool head = head_run_ && i + 1 == calls_.size();  // in the norm's place
+    found.emplace_back(head ? head_run_->parts : calls_[i].parts);
+  }
+  return found;
 }
 
 Status DecodePlan::run_layers(const Context& context, const LaunchObserver& observe) const {
@@ -523,7 +536,8 @@ Status DecodePlan::run_layer_run(const LayerRun& run, const std::function<Phase(
     std::vector<Phase> phases;
     for (size_t i = run.begin; i < run.end; ++i) phases.push_back(calls_[i].phase(context));
     if (head) phases.push_back(head(context));
-    status = cuda::decode_layers(phases, layers_.data(), {.stream = context.rank.streams[0]});
+    status = cuda::decode_layers(phases, layers_.data(), {.stream = context.rank.streams[0]},
+                                 {reinterpret_cast<uint32_t*>(progress_.data()), static_cast<uint32_t>(run.begin)});
   }
   if (!status.ok()) return std::move(status).with_context(describe_operations(program_->program(), run.parts));
   return {};

@@ -21,6 +21,9 @@ class DecodePlan {
   // Empty when the Program has operations or sizes that the fused kernels do not take. `program` must outlive the plan.
   static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
   bool empty() const { return calls_.empty(); }
+  // Where a launch of several layers stood when the GPU failed: the call that its first block had begun and the one
+  // before it, either of which may have failed. Empty: nowhere.
+  std::vector<std::span<const OperationPart>> reached() const;
   // What one launch of a step's body may carry out.
   std::vector<std::span<const OperationPart>> launches() const;
 
@@ -61,10 +64,11 @@ class DecodePlan {
   // The last norm, the choice of rows and the head behind the last layers, instead of the last two layer_runs_.
   struct HeadRun {
     LayerRun layers;  // its parts are the head's as well
+    std::vector<OperationPart> parts;
     std::function<Phase(const Context&)> phase;
   };
   void group_calls();
-  void add_head(const std::vector<OperationPart>& parts, std::function<Phase(const Context&)> phase);
+  void add_head(std::vector<OperationPart> parts, std::function<Phase(const Context&)> phase);
   bool runs_layers(const CudaStep& step, bool apart) const;
   bool head_along(const CudaStep& step, bool apart) const;
   Status run_layers(const Context& context, const LaunchObserver& observe) const;
@@ -76,9 +80,10 @@ class DecodePlan {
   std::vector<Call> calls_;
   std::vector<LayerRun> layer_runs_;
   std::optional<HeadRun> head_run_;
-  DeviceMemory layers_;   // workspace of decode_layers; empty: models without experts, which it would not make faster
-  DeviceMemory scratch_;  // router and gate logits, expert activations, attention partial results, shared gates
-  BatchScratch batch_;    // in scratch_
+  DeviceMemory layers_;    // workspace of decode_layers; empty: models without experts, which it would not make faster
+  DeviceMemory scratch_;   // router and gate logits, expert activations, attention partial results, shared gates
+  BatchScratch batch_;     // in scratch_
+  PinnedMemory progress_;  // of decode_layers: the number of a call
   bool batches_ = false;
   std::optional<kernels::AttentionShape> attention_shape_;
   int64_t attention_bytes_ = 0;
