@@ -54,11 +54,11 @@ TokenRegime regime_of(int64_t tokens) {
 const Calibration kH200Calibration = {
     .rates = {{
         // fixed us, us per token, share of bandwidth, share of peak of: projection, mixer, attention, experts, elementwise
-        {{{us(0.00), us(0.639), 0.94, 1}, {us(0.00), us(0.032), 0.39, 1}, {us(1.30), us(0.182), 0.97, 1}, {us(0.82), us(1.27), 1, 1}, {us(8.06), us(0.806), 0.04, 1}}},  // few
-        {{{us(0.37), us(0), 0.32, 1}, {us(3.11), us(0), 0.82, 1}, {us(2.33), us(0), 0.5, 1}, {us(0.37), us(0), 0.83, 1}, {us(8.11), us(0.256), 0.06, 1}}},  // some
-        {{{us(2.56), us(0), 0.37, 0.41}, {us(2.56), us(0), 0.13, 1}, {us(7.32), us(0), 0.31, 0.62}, {us(2.56), us(0), 0.61, 0.26}, {us(2.56), us(0), 0.76, 1}}},  // many
+        {{{us(0.00), us(0.315), 0.92, 1}, {us(0.17), us(0), 0.48, 1}, {us(1.25), us(0.063), 1, 1}, {us(1.47), us(0.253), 0.96, 1}, {us(5.59), us(0.559), 0.04, 1}}},  // few
+        {{{us(0.16), us(0), 0.32, 1}, {us(2.51), us(0), 0.81, 1}, {us(2.15), us(0), 0.51, 1}, {us(0.16), us(0), 0.83, 1}, {us(8.58), us(0.236), 0.06, 1}}},  // some
+        {{{us(2.15), us(0), 0.37, 0.41}, {us(8.45), us(0), 0.15, 1}, {us(6.94), us(0), 0.31, 0.62}, {us(115.77), us(0), 0.99, 0.3}, {us(2.15), us(0), 0.77, 1}}},  // many
     }},
-    .step_seconds = {us(9), us(32), us(11)},
+    .step_seconds = {us(9), us(31), us(10)},
 };
 // clang-format on
 
