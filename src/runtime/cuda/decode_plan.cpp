@@ -489,11 +489,9 @@ void DecodePlan::group_calls() {
 
 // parts: the head's, the norm's before them.
 void DecodePlan::add_head(std::vector<OperationPart> parts, std::function<Phase(const Context&)> phase) {
-  HeadRun& run = head_run_.emplace();
-  run.layers = layer_runs_[layer_runs_.size() - 2];
-  run.layers.parts.insert(run.layers.parts.end(), parts.begin(), parts.end());
-  run.parts = std::move(parts);
-  run.phase = std::move(phase);
+  LayerRun layers = layer_runs_[layer_runs_.size() - 2];
+  layers.parts.insert(layers.parts.end(), parts.begin(), parts.end());
+  head_run_ = HeadRun{std::move(layers), std::move(parts), std::move(phase)};
 }
 
 std::vector<std::span<const OperationPart>> DecodePlan::launches() const {
