@@ -157,6 +157,7 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
+// For the host, should the GPU fail: DecodeProgress. The store goes out behind whatever the block does next.
 __device__ __forceinline__ void tell_progress(const LayerProgram& program, int phase) {
   if (blockIdx.x != 0 || program.progress.op == nullptr) return;
   *const_cast<volatile uint32_t*>(program.progress.op) = program.progress.first + phase;
