@@ -538,8 +538,8 @@ void expect_fault_told(bool debug_sync, uint64_t failing_step, Expected expected
     unsetenv(setting);
 }
 
-// The first launch that reads a state holds four layers, and the driver does not finish its dump (fault_dump.h): the
-// message has the operation that the launch had come to.
+// The first launch that reads a state holds four layers; its dump names all of them, if the driver finishes it
+// (fault_dump.h). The message has the operation that the launch had come to in either case.
 TEST(CudaRunnerDeathTest, AFaultInALaunchOfLayersTellsWhereItWas) { expect_fault_told(false, 1, first_mixer); }
 TEST(CudaRunnerDeathTest, AFaultInAGraphTellsWhereItWas) { expect_fault_told(false, 2, first_mixer); }
 TEST(CudaRunnerDeathTest, WithDebugSyncADumpNamesTheOperation) { expect_fault_told(true, 1, first_mixer); }

@@ -37,8 +37,10 @@ std::string CudaRunner::describe_faulted_launches() const {
 }
 
 // ", which had come to operation 7 'router' of layer 0"; what runs behind the layers' launch may have failed as well.
+// Nothing for steps of more tokens, which leave the progress as the last step of few tokens left it.
 std::string CudaRunner::describe_progress() const {
   std::string found;
+  if (!runs_fused(batch_->batch().tokens)) return found;
   for (const std::span<const OperationPart> parts : decode_.reached()) {
     found += (found.empty() ? ", which had come to " : " or ") + describe_operations(body_.program(), parts);
   }

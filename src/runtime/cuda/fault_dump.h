@@ -17,7 +17,7 @@ using LaunchParameters = std::vector<uint64_t>;  // of one launch, as 8-byte wor
 
 void arm_fault_dump();
 // Of the launches that were running, from the dump of this process, which is removed. Empty when the driver has not
-// finished it: while blocks of a persistent kernel wait for the one that failed it stops after the first 80 KB.
+// finished it: while blocks of a persistent kernel wait for the one that failed it may stop after the first 80 KB.
 std::vector<LaunchParameters> take_faulted_launches();
 // The same from a dump's bytes: an ELF file with a section of parameters per launch. Anything else has none.
 std::vector<LaunchParameters> launches_of_dump(std::span<const std::byte> dump);
