@@ -389,8 +389,9 @@ void run_columns(int columns, const cuda::LayerProgram& program) {
                  : cuda::run_layers<kFp8, 8, kKeys>(program);
 }
 template <bool kFp8>
-void run_experts(int experts, int columns, const cuda::LayerProgram& program) {
-  experts <= 256 ? run_columns<kFp8, 8>(columns, program) : run_columns<kFp8, 16>(columns, program);
+void run_experts(bool narrow, int columns, const cuda::LayerProgram& program) {
+  narrow ? run_columns<kFp8, cuda::kLayerFewKeys>(columns, program)
+         : run_columns<kFp8, cuda::kLayerManyKeys>(columns, program);
 }
 
 // decode_layers() on `blocks` multiprocessors.
@@ -422,8 +423,8 @@ class Multiprocessors {
     const int columns = cuda::layer_columns(program.rows);
     const emulation::Grid grid = {blocks_, cuda::layer_threads(columns), writer.shared_bytes(), seed};
     const std::string failure = emulation::run(grid, [&] {
-      writer.fp8() ? run_experts<true>(writer.experts(), columns, program)
-                   : run_experts<false>(writer.experts(), columns, program);
+      const bool narrow = cuda::layer_router_is_narrow(writer.experts(), blocks_);
+      writer.fp8() ? run_experts<true>(narrow, columns, program) : run_experts<false>(narrow, columns, program);
     });
     ASSERT_TRUE(failure.empty()) << failure;
     writer.clear();

@@ -18,20 +18,21 @@ inline constexpr float kLayerStagedScale = 0x1p-3f;
 inline constexpr int kRoutingPairsMax = kDecodeTokens * kDecodeTopK;
 
 // The rows of the step that chose an entry, one after the other from bit 0 on, four bits each, and the entry's place
-// among each row's choices.
+// in each row.
 struct EntryRows {
   uint32_t rows = ~0u;  // 15: none
   uint32_t places = 0;
 };
 
-// The router's choice. Entries are the experts that the step must read: the shared one first, then the distinct ones.
+// The router's choice. A row's places are the shared expert's, if there is one, and those of its choices. Entries are
+// the experts that the step must read: the shared one first, then the distinct ones.
 struct LayerRouting {
   int entries;
   int ids[kRoutingPairsMax];                                     // [t][i] at t * top_k + i
-  float weights[kDecodeTokens * (kDecodeTopK + 1)];              // [t][place]; the last place is the shared expert's
+  float weights[kDecodeTokens * (kDecodeTopK + 1)];              // [t][place]
   int expert[kRoutingPairsMax + 1];                              // of an entry
-  alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of an entry among row t's choices, or -1
-  EntryRows rows[kRoutingPairsMax + 1];                          // the same, of steps of several rows
+  alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of steps of several rows: of an entry, or -1
+  EntryRows rows[kRoutingPairsMax + 1];                          // the same
   unsigned firsts[kDecodeTokens];                       // of a row: bits of the choices that no row before has made
   alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
   uint2 candidates[kDecodeTokens][kWarp];               // {key, id}
@@ -47,7 +48,7 @@ struct LayerShared {
   int token_begin[kDecodeTokens + 1];
   int state_in[kDecodeTokens];
   int state_out[kDecodeTokens];
-  alignas(16) float squares[kDecodeTokens][kLayerWarps];  // of the row before its norm, by warp
+  alignas(16) float squares[kDecodeTokens][kLayerWarps];           // of the row before its norm, by warp
   alignas(16) float mixer_squares[2][kDecodeTokens][kLayerWarps];  // of a part and the next
   LayerRouting routing;
 #ifdef TOKENSPEED_LAYER_CLOCKS
@@ -134,7 +135,7 @@ struct LayerConsumer {
 // want nothing say so.
 template <int kCount, int kFirst, typename Address, typename Take>
 __device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address&& address, Take&& take) {
-  uint4 value[kCount];
+  uint4 value[kCount] = {};
   const auto fetch = [&](int begin, int end) {
     bool complete;
 #pragma unroll 1
@@ -160,7 +161,7 @@ __device__ __forceinline__ void gather_pairs(unsigned launch, int count, Address
 // The same of single words.
 template <int kCount, int kFirst, typename Address, typename Take>
 __device__ __forceinline__ void gather_words(unsigned launch, int count, Address&& address, Take&& take) {
-  uint2 value[kCount];
+  uint2 value[kCount] = {};
   const auto fetch = [&](int begin, int end) {
     bool complete;
 #pragma unroll 1
@@ -197,7 +198,7 @@ __device__ __forceinline__ void gather_words(unsigned launch, int count, Address
 template <bool kFp8>
 inline constexpr int kLaneValues = layer_chunk_values(kFp8) / kWarp;  // of a row's chunk, as it is loaded
 template <bool kFp8, int kRows>
-inline constexpr int kStagedTurn = kLayerWarps * layer_staged_chunk(kFp8, kRows);  // from a warp's turn to its next
+inline constexpr int kStagedTurn = kLayerWarps* layer_staged_chunk(kFp8, kRows);  // from a warp's turn to its next
 
 // v: this lane's neighbouring values of row t's chunk.
 template <bool kFp8, int kRows>
@@ -297,8 +298,8 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[4], const ChunkWeight
 // A tile's are [element: row of the step, row of the tile][place], layer_partial_stride() floats apart.
 
 // The place of a warp's part. Of several rows, vectors of four change places with the row of the tile, and the parts of
-// a vector with the row of the step, so that stores and loads of a warp lie in different banks. A vector's sum is one of
-// two sums of two, and stays the same.
+// a vector with the row of the step, so that stores and loads of a warp lie in different banks. A vector's sum is one
+// of two sums of two, and stays the same.
 template <int kRows>
 __device__ __forceinline__ int part_place(int element, int warp) {
   if constexpr (kRows == 1) return warp;
@@ -330,8 +331,8 @@ __device__ __forceinline__ float add_parts(const float* row, int swap = 0) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// The sum of an element of a tile, or of the tiles of a batch; neighbouring threads take neighbouring elements, eight at
-// least.
+// The sum of an element of a tile, or of the tiles of a batch; neighbouring threads take neighbouring elements, eight
+// at least.
 template <int kRows>
 __device__ __forceinline__ float add_element(const float* parts, int element) {
   return add_parts(parts + element * layer_partial_stride(kRows), kRows == 1 ? 0 : read_lane() / 2 % 4);

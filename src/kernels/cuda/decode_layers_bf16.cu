@@ -3,6 +3,8 @@
 
 namespace tokenspeed::kernels::cuda {
 
-LayersKernel layers_kernel_bf16(int columns, int experts) { return layers_kernel<false>(columns, experts); }
+LayersKernel layers_kernel_bf16(int columns, int experts, int blocks) {
+  return layers_kernel<false>(columns, experts, blocks);
+}
 
 }  // namespace tokenspeed::kernels::cuda

@@ -148,24 +148,19 @@ __device__ __forceinline__ void weigh_row(const GateUpPhase& p, LayerRouting& ro
   do {
     gate = load_word(logits + (p.has_gate ? p.experts : 0));
   } while (!__all_sync(~0u, gate.y == launch || rehearse));
-  float* const weights = routing.weights + t * (top_k + 1);
+  const int first = p.shared.width > 0;
+  float* const weights = routing.weights + t * (top_k + 1) + first;
   if (lane < top_k) weights[lane] = mine / all;
-  if (lane == top_k) weights[lane] = p.has_gate ? sigmoid(__uint_as_float(gate.x)) : 1.0f;
+  if (lane == top_k && first != 0) weights[-1] = p.has_gate ? sigmoid(__uint_as_float(gate.x)) : 1.0f;
 }
 
-// Entry 0 is the shared expert, if there is one; then come the row's choices in order.
+// Entry 0 is the shared expert, if there is one; then come the row's choices in order. An entry is its place as well.
 __device__ __forceinline__ void list_one_row(const GateUpPhase& p, LayerRouting& routing) {
   const int lane = threadIdx.x % kWarp;
   const int first = p.shared.width > 0;
   __syncwarp();
-  if (lane < p.top_k) {
-    routing.expert[first + lane] = routing.ids[lane];
-    routing.place[first + lane][0] = static_cast<int8_t>(lane);
-  }
-  if (lane == 0) {
-    if (first != 0) routing.place[0][0] = static_cast<int8_t>(p.top_k);
-    routing.entries = first + p.top_k;
-  }
+  if (lane < p.top_k) routing.expert[first + lane] = routing.ids[lane];
+  if (lane == 0) routing.entries = first + p.top_k;
   __syncwarp();
 }
 
@@ -211,9 +206,9 @@ __device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& ro
   }
   if (chosen) {
     if (choice == own) routing.expert[entry] = id;
-    routing.place[entry][t] = static_cast<int8_t>(lane);
+    routing.place[entry][t] = static_cast<int8_t>(first + lane);
   }
-  if (t < rows && lane == 0 && first != 0) routing.place[0][t] = static_cast<int8_t>(p.top_k);
+  if (t < rows && lane == 0 && first != 0) routing.place[0][t] = 0;
   if (threadIdx.x == 0) routing.entries = entries;
   choosers_barrier<kRows>();
 }
@@ -269,7 +264,7 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
   const int t = threadIdx.x % kOutputs / kUnitRows;
   const int row = threadIdx.x % kUnitRows;
   const UnitPlace unit(p, blockIdx.x + (first + own) * gridDim.x);
-  const int place = own < count ? c.shared.routing.place[unit.entry][t] : -1;
+  const int place = own >= count ? -1 : kRows == 1 ? unit.entry : c.shared.routing.place[unit.entry][t];
   float h = 0;
   if (place >= 0) {
     const float* const parts = batch.parts + own * layer_tile_floats(kRows);
@@ -349,8 +344,7 @@ __device__ __forceinline__ void consume_gate_up(const GateUpPhase& p, LayerConsu
       }
     }
     const int count = min(batch.tiles, all - first);
-    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first - held.first) << log_turns,
-                                    batch.parts);
+    stream_tiles<kFp8, kRows, true>(c, count, turns, active, scales, (first - held.first) << log_turns, batch.parts);
     c.mark(2);
     consumer_barrier();
     c.mark(3);
@@ -401,31 +395,25 @@ __device__ __forceinline__ void stage_h(const uint4& value, uint8_t* chunk, int 
 template <bool kFp8>
 __device__ __forceinline__ void stage_down_row(const DownPhase& p, LayerConsumer& c, int first_slot, int slots) {
   constexpr int kSlots = layer_down_slots(1);
-  const int lane = threadIdx.x % kWarp;
-  const uint2* from[kSlots];  // null: no expert
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const DownChunk at(p, first_slot + i, c.warp);
-    const int place = at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0);
-    const int column = (at.chunk * kWarp + lane) * kLaneValues<kFp8>;
-    from[i] = i >= slots || at.entry >= c.shared.routing.entries ? nullptr : p.h + ((place * p.k + column) >> 1);
-  }
+  // The entries' results follow each other as their chunks do.
+  const int first = first_slot * kLayerWarps + c.warp;
+  const int count = min(((c.shared.routing.entries << p.log_chunks) - first + kLayerWarps - 1) / kLayerWarps, slots);
+  const uint2* const from = p.h + (first * kWarp + static_cast<int>(threadIdx.x) % kWarp) * (kLaneValues<kFp8> / 2);
   uint4 value[kSlots] = {};
   bool complete;
+#pragma unroll 1
   do {
     complete = true;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      if (from[i] != nullptr) value[i] = load_h<kFp8>(from[i]);
+      if (i < count) value[i] = load_h<kFp8>(from + i * (kLayerConsumers * (kLaneValues<kFp8> / 2)));
     }
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i)
-      complete &= from[i] == nullptr || (value[i].y == c.launch && value[i].w == c.launch);
+    for (int i = 0; i < kSlots; ++i) complete &= i >= count || (value[i].y == c.launch && value[i].w == c.launch);
   } while (!__all_sync(~0u, complete));
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
-    if (i >= slots) break;
-    stage_h<kFp8, 1>(value[i], c.staged + i * kStagedTurn<kFp8, 1>, 0);
+    if (i < count) stage_h<kFp8, 1>(value[i], c.staged + i * kStagedTurn<kFp8, 1>, 0);
   }
   __syncwarp();
 }
@@ -511,8 +499,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
   for (int i = 0; i < 2; ++i) {
     const int t = lane % 4 * 2 + i;
     if (t >= kRows) break;
-    const int place =
-        kRows == 1 ? (at.shared(p) ? p.top_k : at.entry - (p.shared.width > 0)) : routing.place[at.entry][t];
+    const int place = kRows == 1 ? at.entry : routing.place[at.entry][t];
     if (place < 0) continue;
     const float weight = routing.weights[t * (p.top_k + 1) + place];
     float* const to = c.buffer<kRows>() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;

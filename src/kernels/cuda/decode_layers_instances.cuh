@@ -24,8 +24,9 @@ LayersKernel kernel_of(int columns) {
 }  // namespace
 
 template <bool kFp8>
-LayersKernel layers_kernel(int columns, int experts) {
-  return experts <= 256 ? kernel_of<kFp8, 8>(columns) : kernel_of<kFp8, 16>(columns);
+LayersKernel layers_kernel(int columns, int experts, int blocks) {
+  return layer_router_is_narrow(experts, blocks) ? kernel_of<kFp8, kLayerFewKeys>(columns)
+                                                 : kernel_of<kFp8, kLayerManyKeys>(columns);
 }
 
 }  // namespace tokenspeed::kernels::cuda

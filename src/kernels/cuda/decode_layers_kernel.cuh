@@ -88,6 +88,7 @@ __device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& 
     for (int entry = 0; entry < entries; entry += entries_per_slot) {
       const int count = min(entries_per_slot, entries - entry);
       producer.open((count << p.log_chunks) * kLayerTileChunk);
+#pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const bool shared = entry + i == 0 && p.shared.width > 0;
         const int expert = shared ? 0 : routing.expert[entry + i];
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
     } else if (phase.is(LayerPhaseKind::kMixer)) {
       consume_mixer<kRows>(phase.mixer, c);
     } else if (phase.is(LayerPhaseKind::kRouter)) {
-      consume_router<kFp8, kRows>(phase.router, c);
+      consume_router<kFp8, kRows, kKeys>(phase.router, c);
     } else if (phase.is(LayerPhaseKind::kGateUp)) {
       consume_gate_up<kFp8, kRows, kKeys>(phase.gate_up, c);
     } else {

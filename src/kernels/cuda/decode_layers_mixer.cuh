@@ -312,10 +312,10 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
     float(&squares)[kDecodeTokens][kLayerWarps] = c.shared.mixer_squares[i % 2];
     if (lane < tokens) {
       const int pair_at = (task.head * kMixerDim + (task.part + i) * kMixerRows) / 2 + warp;
-      store_word(p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
-                 pack_bf16(o * gates.norm.x * silu(bf16_low(gates.z.x)),
-                           second * gates.norm.y * silu(bf16_high(gates.z.x))),
-                 c.launch);
+      store_word(
+          p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
+          pack_bf16(o * gates.norm.x * silu(bf16_low(gates.z.x)), second * gates.norm.y * silu(bf16_high(gates.z.x))),
+          c.launch);
       squares[lane][warp] = o * o + second * second;
     }
     std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset(i);

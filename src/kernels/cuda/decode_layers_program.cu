@@ -306,7 +306,7 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
       !std::has_single_bit(static_cast<uint64_t>(down_chunks))) {
     return 0;
   }
-  if (routed.experts + 1 > int64_t{kLayerRouterRows} * blocks_) return 0;
+  if (routed.experts + 1 > int64_t{layer_router_rows(kLayerManyKeys)} * blocks_) return 0;
 
   RouterPhase r = {};
   if (!input_of_norm(router->x, &r.words, &r.rows, &r.row_stride) || !residual(down->y, hidden)) return 0;

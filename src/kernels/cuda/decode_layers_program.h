@@ -37,7 +37,13 @@ inline constexpr int kLayerMaxSlots = 6;
 inline constexpr int kLayerSegments = 4;
 inline constexpr int kLayerMaxPhases = 24;
 inline constexpr int kLayerMaxMaps = 48;
-inline constexpr int kLayerRouterRows = 4;  // rows of the router that one block takes, at most
+// Experts of a lane in the choice of a narrow router and of any other, and the rows of it that a block takes, at most.
+inline constexpr int kLayerFewKeys = 8;
+inline constexpr int kLayerManyKeys = 16;
+__host__ __device__ constexpr int layer_router_rows(int keys) { return keys == kLayerFewKeys ? 2 : 4; }
+constexpr bool layer_router_is_narrow(int experts, int blocks) {
+  return experts <= kLayerFewKeys * 32 && experts + 1 <= layer_router_rows(kLayerFewKeys) * blocks;
+}
 
 // columns, here and below: rows of the step, rounded up to 1, 2, 4 or 8.
 // One row's experts are chosen by a warp of its own, several rows' by as many of the computing warps: those take the

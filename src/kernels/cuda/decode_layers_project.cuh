@@ -132,12 +132,15 @@ struct LaneNorm {
   __device__ void fetch(const float* weight, int first_chunk, int chunks) {
 #pragma unroll
     for (int s = 0; s < kChunks; ++s) {
+      struct alignas(kLaneValues<kFp8> * 4) Values {
+        float v[kLaneValues<kFp8>];
+      };
+      Values values = {};
+      if (weight != nullptr && s < chunks) {
+        values = *reinterpret_cast<const Values*>(weight + lane_column<kFp8>(first_chunk + s));
+      }
 #pragma unroll
-      for (int j = 0; j < kLaneValues<kFp8>; ++j) v[s][j] = 1.0f;
-      if (weight == nullptr || s >= chunks) continue;
-      const float* const from = weight + lane_column<kFp8>(first_chunk + s);
-#pragma unroll
-      for (int j = 0; j < kLaneValues<kFp8>; ++j) v[s][j] = 1.0f + from[j];
+      for (int j = 0; j < kLaneValues<kFp8>; ++j) v[s][j] = 1.0f + values.v[j];
     }
   }
 };
@@ -179,7 +182,7 @@ __device__ __forceinline__ void stage_input(const LayerInput& in, const float* n
     prepare(0);
     HeadNorms<kFp8, kRows> heads;
     if constexpr (kHeads) heads.issue(in, c, 0, in.turns);
-    LanePairs<kFp8> pairs[kTurns];
+    LanePairs<kFp8> pairs[kTurns] = {};
     gather_row<kFp8>(in, c, pairs);
     if constexpr (kHeads) heads.finish(in, c.launch);
 #pragma unroll
@@ -197,7 +200,7 @@ __device__ __forceinline__ void stage_input(const LayerInput& in, const float* n
       prepare(s);
       HeadNorms<kFp8, kRows> heads;
       if constexpr (kHeads) heads.issue(in, c, s, c.rows);
-      LanePairs<kFp8> pairs[kRows];
+      LanePairs<kFp8> pairs[kRows] = {};
       gather_rows<kFp8, kRows>(in, c, s, pairs);
       if constexpr (kHeads) heads.finish(in, c.launch);
 #pragma unroll
@@ -350,8 +353,7 @@ __device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int tu
       scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i) : scale.x;
     }
     if (i == 0 || turns > 1) {
-      operand =
-          load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
+      operand = load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
     }
     int slot;
     const uint32_t chunk = c.wait(&slot);
@@ -457,20 +459,20 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
 // ---- router ----
 
 // Rows of the router that a block multiplies at a time.
-template <int kRows>
-inline constexpr int kRouterPass = kRows == 1 ? kLayerRouterRows : 2;
+template <int kRows, int kKeys>
+inline constexpr int kRouterPass = kRows == 1 ? layer_router_rows(kKeys) : 2;
 
 // The rows' weights of this lane's columns: those of all turns, or of one.
-template <bool kFp8, int kRows>
+template <bool kFp8, int kRows, int kPass>
 struct RouterWeights {
   static constexpr int kTurns = kRows == 1 ? layer_max_turns(kFp8) : 1;
-  LanePairs<kFp8> v[kRouterPass<kRows>][kTurns] = {};
+  LanePairs<kFp8> v[kPass][kTurns] = {};
 
   // first_row: of the block. turn: the first.
   __device__ void fetch(const RouterPhase& p, int warp, int first_row, int turn) {
     const int outputs = p.experts + (p.gate != nullptr);
 #pragma unroll
-    for (int r = 0; r < kRouterPass<kRows>; ++r) {
+    for (int r = 0; r < kPass; ++r) {
       const int output = blockIdx.x + (first_row + r) * gridDim.x;
       if (output >= outputs) break;
       const bf16* const row = output < p.experts ? p.weight + static_cast<int64_t>(output) * p.k : p.gate;
@@ -487,13 +489,14 @@ struct RouterWeights {
 
 // logits of rows blockIdx + i * gridDim: plain products, as a block has no more than a few rows. The row is staged for
 // gate and up as well.
-template <bool kFp8, int kRows>
+template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsumer& c) {
-  constexpr int kPass = kRouterPass<kRows>;
+  constexpr int kBlockRows = layer_router_rows(kKeys);
+  constexpr int kPass = kRouterPass<kRows, kKeys>;
   const bool active = c.warp < p.warps;
   const int outputs = p.experts + (p.gate != nullptr);
   uint2* to = nullptr;  // this thread's logit
-  if (threadIdx.x < kLayerRouterRows * kRows) {
+  if (threadIdx.x < kBlockRows * kRows) {
     const int t = threadIdx.x % kRows;
     const int output = blockIdx.x + threadIdx.x / kRows * gridDim.x;
     if (t < c.rows && output < outputs) to = p.logits + t * (p.experts + 1) + output;
@@ -501,9 +504,9 @@ __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsum
   float* const parts = c.buffer<kRows>();  // of elements: row of the block, row of the step
   c.begin_batch<kRows>();
 #pragma unroll 1
-  for (int first_row = 0; first_row < kLayerRouterRows; first_row += kPass) {
+  for (int first_row = 0; first_row < kBlockRows; first_row += kPass) {
     if (first_row > 0 && blockIdx.x + first_row * gridDim.x >= outputs) break;
-    RouterWeights<kFp8, kRows> weights;
+    RouterWeights<kFp8, kRows, kPass> weights;
     RowSquares<kRows> squares;
     float dots[kPass * kRows] = {};
     if (active) {
