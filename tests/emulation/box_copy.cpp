@@ -73,6 +73,15 @@ void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int t
       [=, corner = Corner{row, outer, turn}] { write_box(box, corner, to, shared); }, place);
 }
 
+void bulk_copy(uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier, Place place) {
+  const bool aligned = shared % kUnit == 0 && bytes % kUnit == 0 && reinterpret_cast<uintptr_t>(from) % kUnit == 0;
+  if (!aligned) fail("a bulk copy is not aligned to 16 bytes", place);
+  uint8_t* const to = at_shared(shared, bytes, place);
+  std::memset(to, kNotThere, bytes);
+  copy_later(
+      barrier, bytes, [=] { std::memcpy(to, from, bytes); }, place);
+}
+
 }  // namespace tokenspeed::emulation
 
 namespace tokenspeed::kernels::cuda {

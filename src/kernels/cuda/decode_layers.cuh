@@ -48,8 +48,7 @@ struct LayerShared {
   int token_begin[kDecodeTokens + 1];
   int state_in[kDecodeTokens];
   int state_out[kDecodeTokens];
-  alignas(16) float squares[kDecodeTokens][kLayerWarps];           // of the row before its norm, by warp
-  alignas(16) float mixer_squares[2][kDecodeTokens][kLayerWarps];  // of a part and the next
+  alignas(16) float squares[kDecodeTokens][kLayerWarps];  // of the row before its norm, by warp
   LayerRouting routing;
 #ifdef TOKENSPEED_LAYER_CLOCKS
   long long clocks[8];

@@ -36,6 +36,9 @@ struct LayerProducer {
     box_copy(ring + at.slot * kLayerSlotBytes + chunk * kLayerTileChunk, program.maps[map], row, outer, turn,
              shared_address(&shared.full[at.slot]));
   }
+  __device__ void copy_states(const std::byte* from, int bytes) {
+    bulk_copy(ring + at.slot * kLayerSlotBytes, from, bytes, shared_address(&shared.full[at.slot]));
+  }
   __device__ void close() {
     last = at;
     has_last = true;
@@ -49,6 +52,26 @@ __device__ __forceinline__ void produce_project(const ProjectPhase& p, LayerProd
     for (int turn = 0; turn < s.turns; ++turn) {
       producer.open(s.chunks * kLayerTileChunk);
       producer.copy(0, s.map, 0, (tile - s.first_tile) * 2, turn);
+      producer.close();
+    }
+  }
+}
+
+// The states of the block's tasks; of a sequence that has none yet nothing is copied.
+__device__ __forceinline__ void produce_states(const MixerPhase& p, int log_parts, LayerProducer& producer) {
+  const LayerShared& shared = producer.shared;
+  const int tasks = mixer_tasks(p, producer.program.batch.sequences, log_parts);
+#pragma unroll 1
+  for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
+    const MixerTask task(p, index, log_parts);
+    if (shared.token_begin[task.sequence] == shared.token_begin[task.sequence + 1]) continue;
+    const int state = shared.state_in[task.sequence];
+    const std::byte* const from = p.recurrent + state * p.slot_stride + task.state_offset(0);
+#pragma unroll 1
+    for (int part = 0; part < task.parts; part += kMixerSlotParts) {
+      const int bytes = state < 0 ? 0 : min(kMixerSlotParts, task.parts - part) * kMixerPartBytes;
+      producer.open(bytes);
+      if (bytes > 0) producer.copy_states(from + part * kMixerPartBytes, bytes);
       producer.close();
     }
   }
@@ -100,6 +123,7 @@ __device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& 
   }
 }
 
+template <int kRows>
 __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared& shared, uint32_t ring) {
   LayerProducer producer = {program, shared, ring, {}};
   uint32_t routed_parity = 0;
@@ -120,6 +144,9 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
         produce_down(phase.down, producer);
         break;
       case LayerPhaseKind::kMixer:
+        if constexpr (kRows > 1) producer.settle();
+        produce_states(phase.mixer, kRows == 1 ? 0 : phase.mixer.log_parts, producer);
+        break;
       case LayerPhaseKind::kRouter:
         break;
     }
@@ -249,7 +276,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   const int warp = __shfl_sync(~0u, thread / kWarp, 0);  // so that the compiler knows that it is the warp's
   if (kRows > 1 && warp >= kLayerWarps) give_registers<kProducerRegisters>();
   if (warp == kLayerWarps) {
-    if (thread == kLayerConsumers) produce(program, shared, shared_address(memory));
+    if (thread == kLayerConsumers) produce<kRows>(program, shared, shared_address(memory));
     return;
   }
   if constexpr (kRows == 1) {

@@ -18,6 +18,8 @@ inline constexpr int kMixerRows = 32;  // of a part
 inline constexpr int kMixerParts = kMixerDim / kMixerRows;
 inline constexpr int kLogMixerParts = 2;
 static_assert(1 << kLogMixerParts == kMixerParts);
+inline constexpr int kMixerPartBytes = kMixerRows * kMixerDim * 4;
+inline constexpr int kMixerSlotParts = kLayerSlotBytes / kMixerPartBytes;
 inline constexpr int kMixerLanes = kLayerConsumers / kMixerRows;
 inline constexpr int kMixerTaps = 4;
 
@@ -44,14 +46,17 @@ struct MixerTask {
     if (item < 2 * kMixerDim) return p.key_heads * kMixerDim + key_head * kMixerDim + item - kMixerDim;
     return 2 * p.key_heads * kMixerDim + head * kMixerDim + part * kMixerRows + item - 2 * kMixerDim;
   }
-  // Of this thread's first four values of the task's i-th part; the others are 256 bytes on.
+  // Of the task's i-th part in its sequence's state.
   __device__ int64_t state_offset(int i) const {
-    const int row = head * kMixerDim + (part + i) * kMixerRows + threadIdx.x / kMixerLanes;
-    return static_cast<int64_t>(row) * kMixerDim * 4 + threadIdx.x % kMixerLanes * 16;
+    return static_cast<int64_t>(head * kMixerParts + part + i) * kMixerPartBytes;
   }
 };
 __device__ __forceinline__ int mixer_channels(const MixerPhase& p) {
   return (2 * p.key_heads + p.value_heads) * kMixerDim;
+}
+
+__device__ __forceinline__ int mixer_tasks(const MixerPhase& p, int sequences, int log_parts) {
+  return sequences * p.value_heads << (kLogMixerParts - log_parts);
 }
 
 // What the rule takes of a token's q and k beside their products with the state.
@@ -66,6 +71,8 @@ struct MixerStaged {
   float q[kRows][kMixerDim];
   float k[kRows][kMixerDim];
   float v[kRows][kMixerDim];
+  float gate[kRows][kMixerDim];  // norm weight * silu(z)
+  alignas(16) float squares[kMixerParts][kRows][kLayerWarps];
   float decay[kRows];
   float beta[kRows];
   MixerProducts products[kRows];
@@ -86,17 +93,27 @@ struct MixerTail {
     for (int j = 0; j < kMixerTaps - 1; ++j) v[j] = __ldcg(from + j * mixer_channels(p));
   }
 };
-// A thread's state values of a part.
+// A thread's state values of a part. They come through the ring with the weights, two parts in a slot, as they do not
+// depend on the projections: rows of 512 bytes one after the other.
 struct MixerState {
   float4 v[2] = {};
 
-  // i: of the task's parts.
-  __device__ void fetch(const MixerPhase& p, const LayerShared& shared, const MixerTask& task, int i) {
-    const int slot = shared.state_in[task.sequence];
-    if (slot < 0) return;
-    const std::byte* const from = p.recurrent + slot * p.slot_stride + task.state_offset(i);
-    v[0] = __ldcg(reinterpret_cast<const float4*>(from));
-    v[1] = __ldcg(reinterpret_cast<const float4*>(from + 256));
+  // This thread's first four values; the others follow kMixerDim * 2 bytes on.
+  static __device__ int offset() {
+    return static_cast<int>(threadIdx.x) / kMixerLanes * (kMixerDim * 4) +
+           static_cast<int>(threadIdx.x) % kMixerLanes * 16;
+  }
+  // from: the part's shared address.
+  __device__ void load(uint32_t from) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint4 word = load16_shared(from + offset() + j * (kMixerDim * 2));
+      v[j] = {__uint_as_float(word.x), __uint_as_float(word.y), __uint_as_float(word.z), __uint_as_float(word.w)};
+    }
+  }
+  __device__ void store(std::byte* to) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) *reinterpret_cast<float4*>(to + offset() + j * (kMixerDim * 2)) = v[j];
   }
 };
 // What a thread knows of the head.
@@ -112,30 +129,38 @@ struct MixerWeights {
     conv = *reinterpret_cast<const float4*>(p.conv_weight + task.channel(p, threadIdx.x) * kMixerTaps);
   }
 };
-// What a part's results are multiplied by: of the warp's two rows, the norm's weights and the gates of token `lane`.
-struct MixerGates {
-  const uint2* from;
-  uint2 z;
-  float2 norm;
-
-  __device__ void fetch(const MixerPhase& p, const LayerConsumer& c, const MixerTask& task, int i, int begin,
-                        int tokens) {
-    const int lane = threadIdx.x % kWarp;
-    const int row = (task.part + i) * kMixerRows + c.warp * 2;
-    norm = *reinterpret_cast<const float2*>(p.norm_weight + row);
-    from = p.z + (begin + lane) * p.z_stride + (task.head * kMixerDim + row) / 2;
-    z = {0, c.launch};
-    if (lane < tokens) z = load_word(from);
-  }
-  __device__ void wait(unsigned launch, int tokens) {
-    while (!__all_sync(~0u, z.y == launch)) {
-      if (static_cast<int>(threadIdx.x) % kWarp < tokens) z = load_word(from);
-    }
-  }
-};
-
 __device__ __forceinline__ float half_of(uint32_t pair, int index) {
   return index % 2 == 0 ? bf16_low(pair) : bf16_high(pair);
+}
+
+// Hands on a word of every token of the sequence, and may repeat the last one's. The whole warp calls.
+template <int kRows, typename Address, typename Take>
+__device__ __forceinline__ void gather_tokens(unsigned launch, int tokens, bool active, Address&& address,
+                                              Take&& take) {
+  if (kRows == 1 || tokens == 1) {
+    gather_words<1, 1>(launch, active ? 1 : 0, address, take);
+  } else {
+    // Tokens that are not there repeat the last one, so that all loads are in flight together.
+    gather_words<kRows, 1>(
+        launch, active ? kRows : 0, [&](int t) { return address(min(t, tokens - 1)); }, take);
+  }
+}
+
+// What the task's results are multiplied by, of rows 2 pair and 2 pair + 1. The whole warp calls; none: behind the
+// last.
+template <int kRows>
+__device__ __forceinline__ void mixer_gate(const MixerPhase& p, const LayerConsumer& c, const MixerTask& task, int pair,
+                                           int begin, int tokens, MixerStaged<kRows>& s) {
+  const bool active = pair < task.parts * kMixerRows / 2;
+  const int row = task.part * kMixerRows + pair * 2;
+  float2 norm = {};
+  if (active) norm = *reinterpret_cast<const float2*>(p.norm_weight + row);
+  const uint2* const from = p.z + begin * p.z_stride + (task.head * kMixerDim + row) / 2;
+  gather_tokens<kRows>(
+      c.launch, tokens, active, [&](int t) { return from + t * p.z_stride; },
+      [&](int t, uint32_t z) {
+        *reinterpret_cast<float2*>(&s.gate[t][pair * 2]) = {norm.x * silu(bf16_low(z)), norm.y * silu(bf16_high(z))};
+      });
 }
 
 // The channels' convolutions and the head's gates, for all tokens of the sequence.
@@ -145,9 +170,13 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
                                                int tokens, MixerStaged<kRows>& s) {
   const int item = threadIdx.x;
   if (item >= task.items()) {
-    // The lanes of the next warp have a token each.
+    // The lanes of the next warp have a token each, those behind it two rows.
     static_assert(kMixerRows % kWarp == 0, "whole warps");
     const int t = item - task.items();
+    if (t >= kWarp) {
+      if (t < kWarp + kMixerDim / 2) mixer_gate<kRows>(p, c, task, t - kWarp, begin, tokens, s);
+      return;
+    }
     const int row = begin + t;
     const float minus_rate = -__expf(weights.a_log);
     float gate[2] = {};
@@ -167,7 +196,6 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
   float* const to = item < kMixerDim       ? &s.q[0][item]
                     : item < 2 * kMixerDim ? &s.k[0][item - kMixerDim]
                                            : &s.v[0][item - 2 * kMixerDim];
-  const auto address = [&](int t) { return from + min(t, tokens - 1) * p.qkv_stride; };
   float tail[kMixerTaps - 1];
 #pragma unroll
   for (int j = 0; j < kMixerTaps - 1; ++j) tail[j] = bf16_low(last.v[j]);
@@ -179,12 +207,8 @@ __device__ __forceinline__ void mixer_convolve(const MixerPhase& p, const LayerC
     tail[1] = tail[2];
     tail[2] = u;
   };
-  if (kRows == 1 || tokens == 1) {
-    gather_words<1, 1>(c.launch, 1, address, take);
-  } else {
-    // Tokens that are not there repeat the last one, so that all loads are in flight together.
-    gather_words<kRows, 1>(c.launch, kRows, address, take);
-  }
+  gather_tokens<kRows>(
+      c.launch, tokens, true, [&](int t) { return from + t * p.qkv_stride; }, take);
 }
 
 __device__ __forceinline__ float dot4(const float4& a, const float4& b) {
@@ -219,51 +243,66 @@ __device__ __forceinline__ MixerProducts mixer_products(float kk, float qq, floa
   return {rsqrtf(qq + 1e-6f) * 0.08838834764831845f, rsqrtf(kk + 1e-6f), kq};  // 1 / sqrt(128)
 }
 
-// Token t's products, by the warp of that number.
-template <int kRows>
-__device__ __forceinline__ void prepare_products(MixerStaged<kRows>& s, int t) {
-  const MixerColumns q(s.q[t]), k(s.k[t]);
-  float sum[] = {k.times(k.v), q.times(q.v), q.times(k.v)};
-  add_lanes(sum);
-  if (threadIdx.x % kWarp == 0) s.products[t] = mixer_products(sum[0], sum[1], sum[2]);
-}
-
-// The rule for one token on this thread's eight state values; returns o of the thread's row, which is `row` of the
-// task's. kAlone: the token's products are not prepared.
-template <bool kAlone, int kRows>
-__device__ __forceinline__ float mixer_rule(const MixerStaged<kRows>& s, int t, int row, float4 (&state)[2]) {
-  const MixerColumns q(s.q[t]), k(s.k[t]);
-  float sk, sq;
+// What a lane has of a token's q and k, and the token's products.
+struct MixerToken {
+  MixerColumns q, k;
   MixerProducts made;
-  if constexpr (kAlone) {
-    float sum[] = {k.times(state), q.times(state), k.times(k.v), q.times(q.v), q.times(k.v)};
+  float decay, beta;
+
+  template <int kRows>
+  __device__ MixerToken(const MixerStaged<kRows>& s, int t, const MixerProducts& products)
+      : q(s.q[t]), k(s.k[t]), made(products), decay(s.decay[t]), beta(s.beta[t]) {}
+  // The products are made by the lanes of every row.
+  template <int kRows>
+  __device__ MixerToken(const MixerStaged<kRows>& s, int t) : MixerToken(s, t, {}) {
+    float sum[] = {k.times(k.v), q.times(q.v), q.times(k.v)};
     add_lanes(sum);
-    sk = sum[0], sq = sum[1];
-    made = mixer_products(sum[2], sum[3], sum[4]);
-  } else {
-    float sum[] = {k.times(state), q.times(state)};
-    add_lanes(sum);
-    sk = sum[0], sq = sum[1];
-    made = s.products[t];
+    made = mixer_products(sum[0], sum[1], sum[2]);
   }
-  const float decay = s.decay[t];
-  const float delta = s.beta[t] * (s.v[t][row] - decay * sk * made.scale_k);
+};
+
+// The rule for one token on this thread's eight state values; returns o of the thread's row, whose v it is given.
+// kMakes: the products are still to be made, whose sums are added with the state's.
+template <bool kMakes>
+__device__ __forceinline__ float mixer_rule(const MixerToken& token, float v, float4 (&state)[2]) {
+  MixerProducts made = token.made;
+  float sum[kMakes ? 5 : 2] = {token.k.times(state), token.q.times(state)};
+  if constexpr (kMakes) {
+    sum[2] = token.k.times(token.k.v);
+    sum[3] = token.q.times(token.q.v);
+    sum[4] = token.q.times(token.k.v);
+  }
+  add_lanes(sum);
+  if constexpr (kMakes) made = mixer_products(sum[2], sum[3], sum[4]);
+  const float delta = token.beta * (v - token.decay * sum[0] * made.scale_k);
   const float step = delta * made.scale_k;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    state[j].x = decay * state[j].x + step * k.v[j].x;
-    state[j].y = decay * state[j].y + step * k.v[j].y;
-    state[j].z = decay * state[j].z + step * k.v[j].z;
-    state[j].w = decay * state[j].w + step * k.v[j].w;
+    state[j].x = token.decay * state[j].x + step * token.k.v[j].x;
+    state[j].y = token.decay * state[j].y + step * token.k.v[j].y;
+    state[j].z = token.decay * state[j].z + step * token.k.v[j].z;
+    state[j].w = token.decay * state[j].w + step * token.k.v[j].w;
   }
-  return round_bf16(decay * sq * made.scale_q + delta * made.kq * made.scale_q * made.scale_k);
+  return round_bf16(token.decay * sum[1] * made.scale_q + delta * made.kq * made.scale_q * made.scale_k);
+}
+
+// Stores what this warp's two rows of part i make of token t; `writes` is true in one lane.
+template <int kRows>
+__device__ __forceinline__ void store_mixed(const MixerPhase& p, const LayerConsumer& c, const MixerTask& task,
+                                            MixerStaged<kRows>& s, int i, int begin, int t, float o, bool writes) {
+  const float second = __shfl_down_sync(~0u, o, kMixerLanes);
+  if (!writes) return;
+  const int pair = (task.part + i) * (kMixerRows / 2) + c.warp;
+  const float2 gate = *reinterpret_cast<const float2*>(&s.gate[t][i * kMixerRows + c.warp * 2]);
+  store_word(p.o + ((begin + t) * p.value_heads + task.head) * (kMixerDim / 2) + pair,
+             pack_bf16(o * gate.x, second * gate.y), c.launch);
+  s.squares[i][t][c.warp] = o * o + second * second;
 }
 
 template <int kRows>
 __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, const MixerTask& task,
                                          const MixerTail& tail) {
-  static_assert(sizeof(MixerStaged<kRows>) <= layer_batch_tiles(kRows) * layer_tile_floats(kRows) * sizeof(float),
-                "part sums' buffer");
+  static_assert(sizeof(MixerStaged<kRows>) <= layer_mixer_bytes(kRows), "the writer leaves so much for it");
   auto& s = *reinterpret_cast<MixerStaged<kRows>*>(c.buffer<kRows>());
   const int lane = threadIdx.x % kWarp;
   const int warp = c.warp;
@@ -272,74 +311,68 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
   const int tokens = __shfl_sync(~0u, c.shared.token_begin[task.sequence + 1] - begin, 0);
   if (tokens == 0) return;
   const int parts = kRows == 1 ? 1 : task.parts;
-  MixerState state;
-  state.fetch(p, c.shared, task, 0);
   MixerWeights weights;
   weights.fetch(p, task);
-  // Asked for first, as they are there in all tasks but a block's first one.
-  MixerGates gates;
-  gates.fetch(p, c, task, 0, begin, tokens);
   mixer_convolve<kRows>(p, c, tail, weights, task, begin, tokens, s);
-  gates.wait(c.launch, tokens);
   c.mark(1);
   consumer_barrier();
   c.mark(2);
-  const bool alone = kRows == 1 || (tokens == 1 && parts == 1);
+  // Of several tokens the products are made once, by a warp each.
+  const bool alone = kRows == 1 || tokens == 1;
   if (!alone) {
-    if (warp < tokens) prepare_products(s, warp);
+    if (warp < tokens) {
+      const MixerProducts made = MixerToken(s, warp).made;
+      if (lane == 0) s.products[warp] = made;
+    }
     consumer_barrier();
   }
   const int row = threadIdx.x / kMixerLanes;
+  const bool has_state = c.shared.state_in[task.sequence] >= 0;
+  std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset(0);
+  const auto take_part = [&](int i, int* slot, uint32_t* states) {
+    if (i % kMixerSlotParts == 0) *states = c.wait(slot) - warp * kLayerTileChunk;
+    MixerState state;
+    if (has_state) state.load(*states + i % kMixerSlotParts * kMixerPartBytes);
+    if (i % kMixerSlotParts == kMixerSlotParts - 1 || i + 1 == parts) c.release(*slot);
+    return state;
+  };
+  int slot = 0;
+  uint32_t states = 0;  // of the slot's parts
+  if (alone) {
+    const MixerToken token = kRows == 1 ? MixerToken(s, 0, {}) : MixerToken(s, 0);
 #pragma unroll 1
-  for (int i = 0; i < parts; ++i) {
-    MixerState next_state;
-    MixerGates next_gates = gates;
-    if (kRows > 1 && i + 1 < parts) {
-      next_state.fetch(p, c.shared, task, i + 1);
-      next_gates.fetch(p, c, task, i + 1, begin, tokens);
+    for (int i = 0; i < parts; ++i) {
+      MixerState state = take_part(i, &slot, &states);
+      const float o = mixer_rule<kRows == 1>(token, s.v[0][i * kMixerRows + row], state.v);
+      store_mixed(p, c, task, s, i, begin, 0, o, lane == 0);
+      state.store(to + i * kMixerPartBytes);
     }
-    float o = 0;  // of the lane's token, one of the warp's rows in each half
-    if (alone) {
-      o = mixer_rule<true>(s, 0, row, state.v);
-    } else {
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < parts; ++i) {
+      MixerState state = take_part(i, &slot, &states);
 #pragma unroll 1
       for (int t = 0; t < tokens; ++t) {
-        const float made = mixer_rule<false>(s, t, i * kMixerRows + row, state.v);
-        if (lane % kMixerLanes == t) o = made;
+        const float o = mixer_rule<false>(MixerToken(s, t, s.products[t]), s.v[t][i * kMixerRows + row], state.v);
+        store_mixed(p, c, task, s, i, begin, t, o, lane == 0);
       }
+      state.store(to + i * kMixerPartBytes);
     }
-    const float second = __shfl_sync(~0u, o, lane + kMixerLanes);
-    float(&squares)[kDecodeTokens][kLayerWarps] = c.shared.mixer_squares[i % 2];
-    if (lane < tokens) {
-      const int pair_at = (task.head * kMixerDim + (task.part + i) * kMixerRows) / 2 + warp;
-      store_word(
-          p.o + static_cast<int64_t>(begin + lane) * p.value_heads * 64 + pair_at,
-          pack_bf16(o * gates.norm.x * silu(bf16_low(gates.z.x)), second * gates.norm.y * silu(bf16_high(gates.z.x))),
-          c.launch);
-      squares[lane][warp] = o * o + second * second;
-    }
-    std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset(i);
-    *reinterpret_cast<float4*>(to) = state.v[0];
-    *reinterpret_cast<float4*>(to + 256) = state.v[1];
-    c.mark(3);
-    consumer_barrier();
-    if (threadIdx.x < tokens) {
-      store_word(p.squares + (static_cast<int64_t>(begin + threadIdx.x) * p.value_heads + task.head) * kMixerParts +
-                     task.part + i,
-                 __float_as_uint(add_parts(squares[threadIdx.x])), c.launch);
-    }
-    if (kRows > 1 && i + 1 < parts) {
-      state = next_state;
-      gates = next_gates;
-      gates.wait(c.launch, tokens);
-    }
+  }
+  c.mark(3);
+  consumer_barrier();
+  const int t = static_cast<int>(threadIdx.x) % kRows;
+  const int part = static_cast<int>(threadIdx.x) / kRows;
+  if (part < parts && t < tokens) {
+    store_word(p.squares + ((begin + t) * p.value_heads + task.head) * kMixerParts + task.part + part,
+               __float_as_uint(add_parts(s.squares[part][t])), c.launch);
   }
 }
 
 template <int kRows>
 __device__ __forceinline__ void consume_mixer(const MixerPhase& p, LayerConsumer& c) {
   const int log_parts = kRows == 1 ? 0 : p.log_parts;
-  const int tasks = c.program.batch.sequences * p.value_heads << (kLogMixerParts - log_parts);
+  const int tasks = mixer_tasks(p, c.program.batch.sequences, log_parts);
   c.begin_batch<kRows>();
   if constexpr (kRows == 1) {
 #pragma unroll 1

@@ -70,6 +70,7 @@ void LayerProgramWriter::clear() {
   x_words_ = nullptr;
   max_turns_ = 1;
   down_stride_ = 0;
+  mixes_ = false;
   experts_ = 0;
 }
 
@@ -144,7 +145,9 @@ int LayerProgramWriter::staged_bytes(int columns) const {
          layer_staged_chunk(fp8_, columns);
 }
 int LayerProgramWriter::partial_bytes(int columns) const {
-  return 4 * std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
+  const int sums =
+      std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
+  return std::max(sums * 4, mixes_ ? layer_mixer_bytes(columns) : 0);
 }
 // Shared memory beside the ring.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
@@ -231,6 +234,7 @@ size_t LayerProgramWriter::take_mixer(std::span<const DecodePhase> ops) {
   uint2* const x = words(program_.hidden / 2);
   if (o == nullptr || squares == nullptr || x == nullptr) return 0;
   program_.batch = mixer->batch;
+  mixes_ = true;
   add(LayerPhaseKind::kProject).project = first;
   last.words = o;
   last.squares = squares;

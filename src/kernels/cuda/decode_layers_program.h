@@ -59,6 +59,10 @@ __host__ __device__ constexpr int layer_batch_tiles(int columns) { return column
 __host__ __device__ constexpr int layer_tile_floats(int columns) {
   return kLayerTileRows * columns * layer_partial_stride(columns);
 }
+// What a mixer keeps in the place of part sums.
+__host__ __device__ constexpr int layer_mixer_bytes(int columns) {
+  return columns * (4 * 128 * 4 + 4 * kLayerWarps * 4 + 32);
+}
 // Slots of a down projection whose activations a warp stages at a time.
 __host__ __device__ constexpr int layer_down_slots(int columns) { return columns == 1 ? 4 : 1; }
 __host__ __device__ constexpr int layer_chunk_values(bool fp8) { return fp8 ? 128 : 64; }
@@ -263,9 +267,10 @@ class LayerProgramWriter {
   const uint2* x_words_ = nullptr;  // of the residual stream, when a phase of this launch has written it
   int max_turns_ = 1;
   int down_stride_ = 0;  // 0: no expert's down projection
+  bool mixes_ = false;
 };
 
-inline constexpr size_t kLayerSharedReserve = 14 * 1024;  // for what the kernel keeps beside the buffers
+inline constexpr size_t kLayerSharedReserve = 13 * 1024;  // for what the kernel keeps beside the buffers
 // Bytes in front of the words.
 inline constexpr int64_t kLayerWordsOffset = 256;
 

@@ -29,6 +29,10 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity, emulation::Place pla
   emulation::barrier_wait(barrier, parity, place);
 }
 
+inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
+                      emulation::Place place = emulation::Place::current()) {
+  emulation::bulk_copy(shared, global, bytes, barrier, place);
+}
 inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, uint32_t barrier,
                      emulation::Place place = emulation::Place::current()) {
   emulation::box_copy(shared, map, row, outer, turn, barrier, place);
