@@ -487,10 +487,11 @@ std::string first_mixer(const compile::Program& program) {
 }
 
 // In a process of its own: a fault leaves the context unusable. The launch that fails is the first of step
-// `failing_step` that reads a state; all steps are alike: the first runs launch by launch, the second as a graph.
-// A graph's other launches may still end and publish the step's token: the next step tells then.
+// `failing_step` that reads a state. Steps have one token, from that one on failing_tokens; the first of a kind runs
+// launch by launch, the second as a graph. A graph's other launches may still end and publish the step's token: the
+// next step tells then.
 constexpr uint64_t kStepsUntilTold = 2;
-int run_into_fault(bool debug_sync, uint64_t failing_step, Expected expected) {
+int run_into_fault(bool debug_sync, uint64_t failing_step, Expected expected, size_t failing_tokens = 1) {
   CudaRunnerOptions options = cuda_options();
   int told = 0;
   options.debug_sync = options.operations_apart = debug_sync;
@@ -498,15 +499,15 @@ int run_into_fault(bool debug_sync, uint64_t failing_step, Expected expected) {
   options.on_fault = [&](const Status&) { ++told; };
   const auto runner = make_cuda_runner(test_model(demo_directory()), options);
   const SamplingParameters greedy = {.temperature = 0};
-  const std::vector<int32_t> tokens = {3}, pages = {0};
+  const std::vector<int32_t> token = {3}, tokens(failing_tokens, 3), pages = {0};
   SequenceStep step;
-  step.tokens = tokens;
   step.pages = pages;
   step.sample = true;
   step.sampling = &greedy;
   std::vector<SequenceResult> results;
   Status status;
   for (uint64_t i = 1; i <= failing_step + kStepsUntilTold && status.ok(); ++i) {
+    step.tokens = i < failing_step ? token : tokens;
     status = runner->submit({&step, 1});
     if (status.ok()) status = runner->wait(&results);
     if (i < failing_step && !status.ok()) return 9;
@@ -515,7 +516,8 @@ int run_into_fault(bool debug_sync, uint64_t failing_step, Expected expected) {
   const std::string place = expected(runner->program());
   fprintf(stderr, "%s\nexpected: '%s'\n", status.message().c_str(), place.c_str());
   const bool as_promised = status.code() == StatusCode::kInternal && again.message() == status.message() && told == 1 &&
-                           status.message().find(place) != std::string::npos;
+                           status.message().find(place) != std::string::npos &&
+                           (failing_tokens == 1 || status.message().find("come to") == std::string::npos);
   return as_promised ? 7 : 8;
 }
 
@@ -543,6 +545,13 @@ void expect_fault_told(bool debug_sync, uint64_t failing_step, Expected expected
 TEST(CudaRunnerDeathTest, AFaultInALaunchOfLayersTellsWhereItWas) { expect_fault_told(false, 1, first_mixer); }
 TEST(CudaRunnerDeathTest, AFaultInAGraphTellsWhereItWas) { expect_fault_told(false, 2, first_mixer); }
 TEST(CudaRunnerDeathTest, WithDebugSyncADumpNamesTheOperation) { expect_fault_told(true, 1, first_mixer); }
+
+// Where a step of few tokens came to is no place of a prompt's.
+std::string prompt_of_twelve(const compile::Program&) { return "a step of 1 sequences and 12 tokens"; }
+TEST(CudaRunnerDeathTest, AFaultInAPromptDoesNotNameWhereAnEarlierStepEnded) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(std::_Exit(run_into_fault(false, 3, prompt_of_twelve, 12)), testing::ExitedWithCode(7), "the GPU failed");
+}
 
 TEST(CudaRunnerDeathTest, WithDebugSyncAFaultNamesItsOperation) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");

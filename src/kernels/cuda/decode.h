@@ -167,11 +167,12 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch);
 // delay it but must end without it.
 using DecodePhase = std::variant<DecodeLinear, GdnMixer, DecodeAttention, DecodeGateUp, DecodeDown>;
 inline constexpr int64_t kDecodeLayersWorkspaceBytes = 16 << 20;
-// progress: where the persistent kernel writes the number of the op that its first block begins, and at its end that of
-// the op after the last; ops are counted from `first`. Memory that the host can read while the kernel runs and after a
-// fault. As blocks wait for each other, every op but this one and the one before is over, or has not begun.
+// progress: where the persistent kernel's first block writes the numbers of two ops: the one that it begins (at its end
+// that of the op after the last), and the one whose weights or states it fetches ahead; ops are counted from `first`.
+// Memory that the host can read while the kernel runs and after a fault. As blocks wait for each other, every op before
+// the one that comes before the first number is over, and of those behind the second nothing has begun.
 struct DecodeProgress {
-  uint32_t* op = nullptr;  // null: nowhere
+  uint32_t* ops = nullptr;  // [2]; null: nowhere
   uint32_t first = 0;
 };
 Status decode_layers(std::span<const DecodePhase> ops, void* workspace, const Launch& launch,

@@ -12,6 +12,13 @@
 
 namespace tokenspeed::kernels::cuda {
 
+// For the host, should the GPU fail: DecodeProgress. The store goes out behind whatever the block does next.
+enum class LayerProgress { kBegun, kFetching };
+__device__ __forceinline__ void tell_progress(const LayerProgram& program, LayerProgress what, int phase) {
+  if (blockIdx.x != 0 || program.progress.ops == nullptr) return;
+  const_cast<volatile uint32_t*>(program.progress.ops)[static_cast<int>(what)] = program.progress.first + phase;
+}
+
 // ---- the warp that copies; one lane of it ----
 
 struct LayerProducer {
@@ -130,6 +137,7 @@ __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared
 #pragma unroll 1
   for (int i = 0; i < program.phase_count; ++i) {
     const LayerPhase& phase = shared.phases[i];
+    tell_progress(program, LayerProgress::kFetching, i);
     switch (phase.kind) {
       case LayerPhaseKind::kProject:
         if (i > 0 && shared.phases[i - 1].kind == LayerPhaseKind::kDown) producer.settle();
@@ -185,12 +193,6 @@ __device__ __forceinline__ bf16* residual_element(const LayerProgram& program) {
   return program.x + t * program.x_stride + tile * kLayerTileRows + threadIdx.x % kLayerTileRows;
 }
 
-// For the host, should the GPU fail: DecodeProgress. The store goes out behind whatever the block does next.
-__device__ __forceinline__ void tell_progress(const LayerProgram& program, int phase) {
-  if (blockIdx.x != 0 || program.progress.op == nullptr) return;
-  *const_cast<volatile uint32_t*>(program.progress.op) = program.progress.first + phase;
-}
-
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume(LayerConsumer& c) {
   const LayerProgram& program = c.program;
@@ -204,7 +206,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
     const LayerPhase& phase = c.shared.phases[i];
     if (threadIdx.x == 0) {
       *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
-      tell_progress(program, i);
+      tell_progress(program, LayerProgress::kBegun, i);
     }
     c.mark(0);
     if (phase.is(LayerPhaseKind::kProject)) {
@@ -225,7 +227,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
 #endif
   }
   if (program.updates_x && x != nullptr) *x = __float2bfloat16_rn(c.residual);
-  if (threadIdx.x == 0) tell_progress(program, program.phase_count);
+  if (threadIdx.x == 0) tell_progress(program, LayerProgress::kBegun, program.phase_count);
   // The last block to come counts the launch; by then all have read the number.
   if (threadIdx.x == 0 && atomicAdd(program.counters + 1, 1u) + 1 == gridDim.x) {
     program.counters[1] = 0;

@@ -146,8 +146,7 @@ __device__ __forceinline__ void gather_tokens(unsigned launch, int tokens, bool 
   }
 }
 
-// What the task's results are multiplied by, of rows 2 pair and 2 pair + 1. The whole warp calls; none: behind the
-// last.
+// What the task's results are multiplied by, of rows 2 pair and 2 pair + 1, if it has them. The whole warp calls.
 template <int kRows>
 __device__ __forceinline__ void mixer_gate(const MixerPhase& p, const LayerConsumer& c, const MixerTask& task, int pair,
                                            int begin, int tokens, MixerStaged<kRows>& s) {
@@ -329,20 +328,20 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
   const int row = threadIdx.x / kMixerLanes;
   const bool has_state = c.shared.state_in[task.sequence] >= 0;
   std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset(0);
-  const auto take_part = [&](int i, int* slot, uint32_t* states) {
-    if (i % kMixerSlotParts == 0) *states = c.wait(slot) - warp * kLayerTileChunk;
+  int slot = 0;
+  uint32_t states = 0;  // shared address of the slot's first part
+  const auto take_part = [&](int i) {
+    if (i % kMixerSlotParts == 0) states = c.wait(&slot) - warp * kLayerTileChunk;
     MixerState state;
-    if (has_state) state.load(*states + i % kMixerSlotParts * kMixerPartBytes);
-    if (i % kMixerSlotParts == kMixerSlotParts - 1 || i + 1 == parts) c.release(*slot);
+    if (has_state) state.load(states + i % kMixerSlotParts * kMixerPartBytes);
+    if (i % kMixerSlotParts == kMixerSlotParts - 1 || i + 1 == parts) c.release(slot);
     return state;
   };
-  int slot = 0;
-  uint32_t states = 0;  // of the slot's parts
   if (alone) {
     const MixerToken token = kRows == 1 ? MixerToken(s, 0, {}) : MixerToken(s, 0);
 #pragma unroll 1
     for (int i = 0; i < parts; ++i) {
-      MixerState state = take_part(i, &slot, &states);
+      MixerState state = take_part(i);
       const float o = mixer_rule<kRows == 1>(token, s.v[0][i * kMixerRows + row], state.v);
       store_mixed(p, c, task, s, i, begin, 0, o, lane == 0);
       state.store(to + i * kMixerPartBytes);
@@ -350,7 +349,7 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
   } else {
 #pragma unroll 1
     for (int i = 0; i < parts; ++i) {
-      MixerState state = take_part(i, &slot, &states);
+      MixerState state = take_part(i);
 #pragma unroll 1
       for (int t = 0; t < tokens; ++t) {
         const float o = mixer_rule<false>(MixerToken(s, t, s.products[t]), s.v[t][i * kMixerRows + row], state.v);

@@ -13,7 +13,8 @@
 //
 //     slot:  | warp 0: 16 rows x 128 bytes | warp 1 | ... | warp 15 |     2 KiB each
 //
-// The expert's down projection is short: there a slot holds the chunks of several experts one after the other.
+// The expert's down projection is short: there a slot holds the chunks of several experts one after the other. Mixers'
+// states come through the ring as well, as they do not depend on the phase before.
 #pragma once
 
 #include <cuda.h>

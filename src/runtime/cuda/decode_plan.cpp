@@ -88,7 +88,7 @@ class DecodePlanBuilder {
     TS_ASSIGN_OR_RETURN(plan_.scratch_, DeviceMemory::allocate(bytes, "decoding"));
     if (h_columns > 0) {
       TS_ASSIGN_OR_RETURN(plan_.layers_, DeviceMemory::allocate(cuda::kDecodeLayersWorkspaceBytes, "decoding"));
-      TS_ASSIGN_OR_RETURN(plan_.progress_, PinnedMemory::allocate(sizeof(uint32_t), "decoding"));
+      TS_ASSIGN_OR_RETURN(plan_.progress_, PinnedMemory::allocate(2 * sizeof(uint32_t), "decoding"));
     }
     std::byte* base = plan_.scratch_.data();
     router_logits_ = reinterpret_cast<float*>(base + logits);
@@ -506,8 +506,9 @@ std::vector<std::span<const OperationPart>> DecodePlan::launches() const {
 std::vector<std::span<const OperationPart>> DecodePlan::reached() const {
   std::vector<std::span<const OperationPart>> found;
   if (layers_.size() == 0) return found;
-  const size_t begun = *reinterpret_cast<const volatile uint32_t*>(progress_.data());
-  for (size_t i = begun == 0 ? 1 : begun - 1; i <= begun && i < calls_.size(); ++i) {
+  const auto* const told = reinterpret_cast<const volatile uint32_t*>(progress_.data());
+  const size_t begun = told[0], last = std::max<size_t>(begun, told[1]);
+  for (size_t i = begun == 0 ? 1 : begun - 1; i <= last && i < calls_.size(); ++i) {
     const bool head = head_run_ && i + 1 == calls_.size();  // in the norm's place
     found.emplace_back(head ? head_run_->parts : calls_[i].parts);
   }

@@ -21,8 +21,8 @@ class DecodePlan {
   // Empty when the Program has operations or sizes that the fused kernels do not take. `program` must outlive the plan.
   static Result<DecodePlan> build(const CudaProgram& program, int64_t max_context);
   bool empty() const { return calls_.empty(); }
-  // Where a launch of several layers stood when the GPU failed: the call that its first block had begun and the one
-  // before it, either of which may have failed. Empty: nowhere.
+  // Where a launch of several layers stood when the GPU failed: the call before the one that its first block had begun,
+  // that one, and those whose data it was fetching, each of which may have failed. Empty: nowhere.
   std::vector<std::span<const OperationPart>> reached() const;
   // What one launch of a step's body may carry out.
   std::vector<std::span<const OperationPart>> launches() const;
@@ -83,7 +83,7 @@ class DecodePlan {
   DeviceMemory layers_;    // workspace of decode_layers; empty: models without experts, which it would not make faster
   DeviceMemory scratch_;   // router and gate logits, expert activations, attention partial results, shared gates
   BatchScratch batch_;     // in scratch_
-  PinnedMemory progress_;  // of decode_layers: the number of a call
+  PinnedMemory progress_;  // of decode_layers: numbers of calls
   bool batches_ = false;
   std::optional<kernels::AttentionShape> attention_shape_;
   int64_t attention_bytes_ = 0;
