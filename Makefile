@@ -46,8 +46,8 @@ test-gpu-checked: dependencies
 	cmake --preset release
 	cmake --build --preset release --target gpu_tests gpu_delay_tests gpu_race_tests -j $(JOBS)
 	build/release/gpu_delay_tests
-	$(CHECKED) --tool memcheck build/release/gpu_tests --gtest_filter='FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
-	$(CHECKED) --tool initcheck build/release/gpu_tests --gtest_filter='FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
+	$(CHECKED) --tool memcheck build/release/gpu_tests --gtest_filter='DecodeLayers*:FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
+	$(CHECKED) --tool initcheck build/release/gpu_tests --gtest_filter='DecodeLayers*:FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
 	$(CHECKED) --tool racecheck build/release/gpu_race_tests
 
 # The CPU kernels of older machines than this one.

@@ -54,11 +54,11 @@ TokenRegime regime_of(int64_t tokens) {
 const Calibration kH200Calibration = {
     .rates = {{
         // fixed us, us per token, share of bandwidth, share of peak of: projection, mixer, attention, experts, elementwise
-        {{{us(0.00), us(0.315), 0.92, 1}, {us(0.17), us(0), 0.48, 1}, {us(1.25), us(0.063), 1, 1}, {us(1.47), us(0.253), 0.96, 1}, {us(5.59), us(0.559), 0.04, 1}}},  // few
-        {{{us(0.16), us(0), 0.32, 1}, {us(2.51), us(0), 0.81, 1}, {us(2.15), us(0), 0.51, 1}, {us(0.16), us(0), 0.83, 1}, {us(8.58), us(0.236), 0.06, 1}}},  // some
-        {{{us(2.15), us(0), 0.37, 0.41}, {us(8.45), us(0), 0.15, 1}, {us(6.94), us(0), 0.31, 0.62}, {us(115.77), us(0), 0.99, 0.3}, {us(2.15), us(0), 0.77, 1}}},  // many
+        {{{us(0.00), us(0.314), 0.92, 1}, {us(0.09), us(0.026), 0.48, 1}, {us(1.39), us(0.038), 1, 1}, {us(1.74), us(0.075), 0.98, 1}, {us(4.36), us(0.436), 0.04, 1}}},  // few
+        {{{us(0.00), us(0), 0.32, 1}, {us(2.35), us(0), 0.81, 1}, {us(1.96), us(0), 0.5, 1}, {us(0.00), us(0), 0.83, 1}, {us(5.98), us(0.257), 0.06, 1}}},  // some
+        {{{us(4.68), us(0), 1, 0.4}, {us(8.48), us(0), 0.15, 1}, {us(7.10), us(0), 0.31, 0.6}, {us(105.13), us(0), 0.94, 0.29}, {us(2.20), us(0), 0.75, 1}}},  // many
     }},
-    .step_seconds = {us(9), us(31), us(10)},
+    .step_seconds = {us(9), us(31), us(11)},
 };
 // clang-format on
 
