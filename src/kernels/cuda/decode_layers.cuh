@@ -197,7 +197,7 @@ __device__ __forceinline__ void gather_words(unsigned launch, int count, Address
 template <bool kFp8>
 inline constexpr int kLaneValues = layer_chunk_values(kFp8) / kWarp;  // of a row's chunk, as it is loaded
 template <bool kFp8, int kRows>
-inline constexpr int kStagedTurn = kLayerWarps* layer_staged_chunk(kFp8, kRows);  // from a warp's turn to its next
+inline constexpr int kStagedTurn = kLayerWarps * layer_staged_chunk(kFp8, kRows);  // from a warp's turn to its next
 
 // v: this lane's neighbouring values of row t's chunk.
 template <bool kFp8, int kRows>

@@ -4,6 +4,8 @@
 //
 //      state row (value dim):  | lane 0: k 0..3, 64..67 | lane 1: k 4..7, 68..71 | ... | lane 15 |
 //
+// States come through the ring. What a task needs of the projections is staged once: q, k and v by their convolutions,
+// and weight * silu(z). From there to its end the task's warps meet only for the products of several tokens.
 // The gated norm is over a head, whose rows may lie on four blocks: parts hand on o * weight * silu(z) and their sums
 // of o^2, and whoever reads the head divides (HeadNorms). The conv tails, which several blocks read, are written in the
 // phase after, when all of the mixer's results have been read.
