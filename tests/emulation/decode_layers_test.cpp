@@ -13,6 +13,7 @@ TEST(DecodeLayers, ReferenceAndRowInvariance) {
     check_layer(&random, {{256, 2, 8, 12, 8, 128, fp8}, 8, {1, 1, 1, 1, 1, 1, 1, 1}, {1, 0, 1, 1, 1, 1, 0, 1}});
   }
   check_layer(&random, {{256, 2, 8, 12, 8, 128, true}, 9, {5, 1}, {1, 0}});
+  check_layer(&random, {{256, 2, 8, 12, 4, 128, true}, 7, {2, 0, 1}, {5, 1, 0}});  // one without tokens
 }
 
 // Rows of more chunks than there are warps.
