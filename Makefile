@@ -42,12 +42,13 @@ test-gpu: dependencies
 
 # The same kernels under NVIDIA's checkers, and with random pauses; takes minutes.
 CHECKED = compute-sanitizer --error-exitcode 9
+CHECKED_TESTS = build/release/gpu_tests --gtest_filter='DecodeLayers*:FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
 test-gpu-checked: dependencies
 	cmake --preset release
 	cmake --build --preset release --target gpu_tests gpu_delay_tests gpu_race_tests -j $(JOBS)
 	build/release/gpu_delay_tests
-	$(CHECKED) --tool memcheck build/release/gpu_tests --gtest_filter='DecodeLayers*:FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
-	$(CHECKED) --tool initcheck build/release/gpu_tests --gtest_filter='DecodeLayers*:FewToken*:ManyToken*:CudaDemo*:Models*:Poison*'
+	$(CHECKED) --tool memcheck $(CHECKED_TESTS)
+	$(CHECKED) --tool initcheck $(CHECKED_TESTS)
 	$(CHECKED) --tool racecheck build/release/gpu_race_tests
 
 # The CPU kernels of older machines than this one.

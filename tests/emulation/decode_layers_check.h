@@ -423,8 +423,8 @@ class Multiprocessors {
     const int columns = cuda::layer_columns(program.rows);
     const emulation::Grid grid = {blocks_, cuda::layer_threads(columns), writer.shared_bytes(), seed};
     const std::string failure = emulation::run(grid, [&] {
-      const bool narrow = cuda::layer_router_is_narrow(writer.experts(), blocks_);
-      writer.fp8() ? run_experts<true>(narrow, columns, program) : run_experts<false>(narrow, columns, program);
+      writer.fp8() ? run_experts<true>(writer.narrow(), columns, program)
+                   : run_experts<false>(writer.narrow(), columns, program);
     });
     ASSERT_TRUE(failure.empty()) << failure;
     writer.clear();

@@ -17,11 +17,10 @@ Status launch_layers(LayerProgramWriter& writer, const Launch& launch, DecodePro
   const LayerProgram& program = writer.finish(*progress);
   progress->first += static_cast<uint32_t>(program.phase_count);
   const int columns = layer_columns(program.rows);
-  const int blocks = multiprocessors();
-  const LayersKernel kernel = writer.fp8() ? layers_kernel_fp8(columns, writer.experts(), blocks)
-                                           : layers_kernel_bf16(columns, writer.experts(), blocks);
-  const Status status = launch_kernel("decode_layers", launch, kernel, dim3(static_cast<unsigned>(blocks)),
-                                      layer_threads(columns), writer.shared_bytes(), 1, program);
+  const Status status = launch_kernel(
+      "decode_layers", launch,
+      writer.fp8() ? layers_kernel_fp8(columns, writer.narrow()) : layers_kernel_bf16(columns, writer.narrow()),
+      dim3(static_cast<unsigned>(multiprocessors())), layer_threads(columns), writer.shared_bytes(), 1, program);
   writer.clear();
   return status;
 }

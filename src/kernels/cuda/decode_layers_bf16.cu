@@ -3,8 +3,6 @@
 
 namespace tokenspeed::kernels::cuda {
 
-LayersKernel layers_kernel_bf16(int columns, int experts, int blocks) {
-  return layers_kernel<false>(columns, experts, blocks);
-}
+LayersKernel layers_kernel_bf16(int columns, bool narrow) { return layers_kernel<false>(columns, narrow); }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -3,9 +3,7 @@
 
 namespace tokenspeed::kernels::cuda {
 
-LayersKernel layers_kernel_fp8(int columns, int experts, int blocks) {
-  return layers_kernel<true>(columns, experts, blocks);
-}
+LayersKernel layers_kernel_fp8(int columns, bool narrow) { return layers_kernel<true>(columns, narrow); }
 
 #ifdef TOKENSPEED_LAYER_CLOCKS
 void fetch_layer_clocks(long long* to) { cudaMemcpyFromSymbol(to, layer_clocks, sizeof(layer_clocks)); }

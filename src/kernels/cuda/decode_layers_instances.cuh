@@ -24,9 +24,8 @@ LayersKernel kernel_of(int columns) {
 }  // namespace
 
 template <bool kFp8>
-LayersKernel layers_kernel(int columns, int experts, int blocks) {
-  return layer_router_is_narrow(experts, blocks) ? kernel_of<kFp8, kLayerFewKeys>(columns)
-                                                 : kernel_of<kFp8, kLayerManyKeys>(columns);
+LayersKernel layers_kernel(int columns, bool narrow) {
+  return narrow ? kernel_of<kFp8, kLayerFewKeys>(columns) : kernel_of<kFp8, kLayerManyKeys>(columns);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -73,7 +73,7 @@ __device__ __forceinline__ void produce_states(const MixerPhase& p, int log_part
     const MixerTask task(p, index, log_parts);
     if (shared.token_begin[task.sequence] == shared.token_begin[task.sequence + 1]) continue;
     const int state = shared.state_in[task.sequence];
-    const std::byte* const from = p.recurrent + state * p.slot_stride + task.state_offset(0);
+    const std::byte* const from = p.recurrent + state * p.slot_stride + task.state_offset();
 #pragma unroll 1
     for (int part = 0; part < task.parts; part += kMixerSlotParts) {
       const int bytes = state < 0 ? 0 : min(kMixerSlotParts, task.parts - part) * kMixerPartBytes;

@@ -48,10 +48,8 @@ struct MixerTask {
     if (item < 2 * kMixerDim) return p.key_heads * kMixerDim + key_head * kMixerDim + item - kMixerDim;
     return 2 * p.key_heads * kMixerDim + head * kMixerDim + part * kMixerRows + item - 2 * kMixerDim;
   }
-  // Of the task's i-th part in its sequence's state.
-  __device__ int64_t state_offset(int i) const {
-    return static_cast<int64_t>(head * kMixerParts + part + i) * kMixerPartBytes;
-  }
+  // Of the task's first part in its sequence's state, where the others follow.
+  __device__ int64_t state_offset() const { return static_cast<int64_t>(head * kMixerParts + part) * kMixerPartBytes; }
 };
 __device__ __forceinline__ int mixer_channels(const MixerPhase& p) {
   return (2 * p.key_heads + p.value_heads) * kMixerDim;
@@ -287,12 +285,12 @@ __device__ __forceinline__ float mixer_rule(const MixerToken& token, float v, fl
   return round_bf16(token.decay * sum[1] * made.scale_q + delta * made.kq * made.scale_q * made.scale_k);
 }
 
-// Stores what this warp's two rows of part i make of token t; `writes` is true in one lane.
+// Stores what this warp's two rows of part i make of token t.
 template <int kRows>
 __device__ __forceinline__ void store_mixed(const MixerPhase& p, const LayerConsumer& c, const MixerTask& task,
-                                            MixerStaged<kRows>& s, int i, int begin, int t, float o, bool writes) {
+                                            MixerStaged<kRows>& s, int i, int begin, int t, float o) {
   const float second = __shfl_down_sync(~0u, o, kMixerLanes);
-  if (!writes) return;
+  if (threadIdx.x % kWarp != 0) return;
   const int pair = (task.part + i) * (kMixerRows / 2) + c.warp;
   const float2 gate = *reinterpret_cast<const float2*>(&s.gate[t][i * kMixerRows + c.warp * 2]);
   store_word(p.o + ((begin + t) * p.value_heads + task.head) * (kMixerDim / 2) + pair,
@@ -329,7 +327,7 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
   }
   const int row = threadIdx.x / kMixerLanes;
   const bool has_state = c.shared.state_in[task.sequence] >= 0;
-  std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset(0);
+  std::byte* const to = p.recurrent + c.shared.state_out[task.sequence] * p.slot_stride + task.state_offset();
   int slot = 0;
   uint32_t states = 0;  // shared address of the slot's first part
   const auto take_part = [&](int i) {
@@ -345,7 +343,7 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
     for (int i = 0; i < parts; ++i) {
       MixerState state = take_part(i);
       const float o = mixer_rule<kRows == 1>(token, s.v[0][i * kMixerRows + row], state.v);
-      store_mixed(p, c, task, s, i, begin, 0, o, lane == 0);
+      store_mixed(p, c, task, s, i, begin, 0, o);
       state.store(to + i * kMixerPartBytes);
     }
   } else {
@@ -355,7 +353,7 @@ __device__ __forceinline__ void mix_task(const MixerPhase& p, LayerConsumer& c, 
 #pragma unroll 1
       for (int t = 0; t < tokens; ++t) {
         const float o = mixer_rule<false>(MixerToken(s, t, s.products[t]), s.v[t][i * kMixerRows + row], state.v);
-        store_mixed(p, c, task, s, i, begin, t, o, lane == 0);
+        store_mixed(p, c, task, s, i, begin, t, o);
       }
       state.store(to + i * kMixerPartBytes);
     }

@@ -70,7 +70,6 @@ void LayerProgramWriter::clear() {
   x_words_ = nullptr;
   max_turns_ = 1;
   down_stride_ = 0;
-  mixes_ = false;
   experts_ = 0;
 }
 
@@ -147,7 +146,8 @@ int LayerProgramWriter::staged_bytes(int columns) const {
 int LayerProgramWriter::partial_bytes(int columns) const {
   const int sums =
       std::max(layer_batch_tiles(columns) * layer_tile_floats(columns), kLayerTileRows * columns * down_stride_);
-  return std::max(sums * 4, mixes_ ? layer_mixer_bytes(columns) : 0);
+  const bool mixes = program_.batch.token_begin != nullptr;
+  return std::max(sums * 4, mixes ? layer_mixer_bytes(columns) : 0);
 }
 // Shared memory beside the ring.
 size_t LayerProgramWriter::buffer_bytes(int columns) const {
@@ -234,7 +234,6 @@ size_t LayerProgramWriter::take_mixer(std::span<const DecodePhase> ops) {
   uint2* const x = words(program_.hidden / 2);
   if (o == nullptr || squares == nullptr || x == nullptr) return 0;
   program_.batch = mixer->batch;
-  mixes_ = true;
   add(LayerPhaseKind::kProject).project = first;
   last.words = o;
   last.squares = squares;

@@ -42,9 +42,6 @@ inline constexpr int kLayerMaxMaps = 48;
 inline constexpr int kLayerFewKeys = 8;
 inline constexpr int kLayerManyKeys = 16;
 __host__ __device__ constexpr int layer_router_rows(int keys) { return keys == kLayerFewKeys ? 2 : 4; }
-constexpr bool layer_router_is_narrow(int experts, int blocks) {
-  return experts <= kLayerFewKeys * 32 && experts + 1 <= layer_router_rows(kLayerFewKeys) * blocks;
-}
 
 // columns, here and below: rows of the step, rounded up to 1, 2, 4 or 8.
 // One row's experts are chosen by a warp of its own, several rows' by as many of the computing warps: those take the
@@ -235,7 +232,10 @@ class LayerProgramWriter {
   size_t take(std::span<const DecodePhase> ops);
   bool empty() const { return program_.phase_count == 0; }
   bool fp8() const { return fp8_; }
-  int experts() const { return experts_; }  // of the router, at most
+  // Whether the launch's routers, if it has any, are narrow ones: kLayerFewKeys.
+  bool narrow() const {
+    return experts_ <= kLayerFewKeys * 32 && experts_ + 1 <= layer_router_rows(kLayerFewKeys) * blocks_;
+  }
   // The launch so far; shared_bytes() of dynamic shared memory. progress: of its first op.
   const LayerProgram& finish(const DecodeProgress& progress = {});
   size_t shared_bytes() const;
@@ -262,13 +262,12 @@ class LayerProgramWriter {
   int blocks_;
   LayerProgram program_;
   bool fp8_ = false;
-  int experts_ = 0;
+  int experts_ = 0;  // of the routers, at most
   int columns_ = 1;
   int64_t used_words_ = 0;
   const uint2* x_words_ = nullptr;  // of the residual stream, when a phase of this launch has written it
   int max_turns_ = 1;
   int down_stride_ = 0;  // 0: no expert's down projection
-  bool mixes_ = false;
 };
 
 inline constexpr size_t kLayerSharedReserve = 13 * 1024;  // for what the kernel keeps beside the buffers

@@ -458,10 +458,6 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
 
 // ---- router ----
 
-// Rows of the router that a block multiplies at a time.
-template <int kRows, int kKeys>
-inline constexpr int kRouterPass = kRows == 1 ? layer_router_rows(kKeys) : 2;
-
 // The rows' weights of this lane's columns: those of all turns, or of one.
 template <bool kFp8, int kRows, int kPass>
 struct RouterWeights {
@@ -492,7 +488,7 @@ struct RouterWeights {
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsumer& c) {
   constexpr int kBlockRows = layer_router_rows(kKeys);
-  constexpr int kPass = kRouterPass<kRows, kKeys>;
+  constexpr int kPass = kRows == 1 ? kBlockRows : 2;  // rows of the router at a time
   const bool active = c.warp < p.warps;
   const int outputs = p.experts + (p.gate != nullptr);
   uint2* to = nullptr;  // this thread's logit
