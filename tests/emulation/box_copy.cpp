@@ -22,13 +22,14 @@ struct Box {
   int64_t outer_stride;
   int turns;
   int chunks;
+  int box_chunks;
 
-  size_t bytes() const { return static_cast<size_t>(kInnerRows * kGroups * chunks * kLine); }
+  size_t bytes() const { return static_cast<size_t>(kInnerRows * kGroups * box_chunks * kLine); }
 };
 static_assert(sizeof(Box) <= sizeof(CUtensorMap));
 
 struct Corner {
-  int row, outer, turn;
+  int row, outer, turn, chunk;
 };
 
 // Null: outside of the matrix, which is zeros.
@@ -36,14 +37,14 @@ const uint8_t* line_of(const Box& box, const Corner& corner, int chunk, int grou
   const int64_t row = corner.row + inner;
   const int64_t outer = corner.outer + group;
   const bool inside = row >= 0 && row < box.inner_rows && outer >= 0 && outer < box.outer && corner.turn >= 0 &&
-                      corner.turn < box.turns;
+                      corner.turn < box.turns && chunk >= 0 && chunk < box.chunks;
   if (!inside) return nullptr;
   return box.data + row * box.row_bytes + outer * box.outer_stride + corner.turn * int64_t{kLine} +
          chunk * int64_t{kLine} * box.turns;
 }
 
 void write_box(const Box& box, const Corner& corner, uint8_t* to, uint32_t address) {
-  for (int chunk = 0; chunk < box.chunks; ++chunk) {
+  for (int chunk = corner.chunk; chunk < corner.chunk + box.box_chunks; ++chunk) {
     for (int group = 0; group < kGroups; ++group) {
       for (int inner = 0; inner < kInnerRows; ++inner, to += kLine, address += kLine) {
         const uint8_t* const from = line_of(box, corner, chunk, group, inner);
@@ -62,7 +63,8 @@ void write_box(const Box& box, const Corner& corner, uint8_t* to, uint32_t addre
 
 }  // namespace
 
-void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, uint32_t barrier, Place place) {
+void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, int chunk, uint32_t barrier,
+              Place place) {
   Box box;
   std::memcpy(&box, &map, sizeof(box));
   if (shared % kLine != 0) fail("a box goes to shared memory that is not aligned to 128 bytes", place);
@@ -70,7 +72,7 @@ void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int t
   std::memset(to, kNotThere, box.bytes());
   copy_later(
       barrier, static_cast<uint32_t>(box.bytes()),
-      [=, corner = Corner{row, outer, turn}] { write_box(box, corner, to, shared); }, place);
+      [=, corner = Corner{row, outer, turn, chunk}] { write_box(box, corner, to, shared); }, place);
 }
 
 void bulk_copy(uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier, Place place) {
@@ -87,9 +89,9 @@ void bulk_copy(uint32_t shared, const void* from, uint32_t bytes, uint32_t barri
 namespace tokenspeed::kernels::cuda {
 
 CUtensorMap box_map(const void* data, int64_t row_bytes, int64_t inner_rows, int64_t outer, int64_t outer_stride,
-                    int turns, int chunks) {
+                    int turns, int chunks, int box_chunks) {
   const emulation::Box box = {
-      static_cast<const uint8_t*>(data), row_bytes, inner_rows, outer, outer_stride, turns, chunks};
+      static_cast<const uint8_t*>(data), row_bytes, inner_rows, outer, outer_stride, turns, chunks, box_chunks};
   CUtensorMap map = {};
   std::memcpy(&map, &box, sizeof(box));
   return map;

@@ -28,6 +28,7 @@ inline constexpr double kLayerTolerance = 1.6e-2;  // several roundings to bfloa
 inline constexpr int64_t kGateStride = 64;         // of the rows of a and b
 inline constexpr uint32_t kData = 17;
 inline constexpr float kLeastLogit = 0.05f;
+inline constexpr double kChunkCycles = 5;  // copies are spread
 
 class Random {
  public:
@@ -419,7 +420,7 @@ class Multiprocessors {
     std::byte bytes[256];
   };
   void launch(cuda::LayerProgramWriter& writer, uint64_t seed) {
-    const cuda::LayerProgram& program = writer.finish();
+    const cuda::LayerProgram& program = writer.finish({}, kChunkCycles);
     const int columns = cuda::layer_columns(program.rows);
     const emulation::Grid grid = {blocks_, cuda::layer_threads(columns), writer.shared_bytes(), seed};
     const std::string failure = emulation::run(grid, [&] {

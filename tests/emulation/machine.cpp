@@ -187,6 +187,7 @@ class Machine {
   void barrier_init(uint32_t address, int arrivals, const Place& place);
   void barrier_arrive(uint32_t address, uint32_t expected_bytes, const Place& place);
   void barrier_wait(uint32_t address, uint32_t parity, const Place& place);
+  bool barrier_test(uint32_t address, uint32_t parity, const Place& place);
   void copy_later(uint32_t barrier, uint32_t bytes, std::function<void()> write, const Place& place);
   void load_words(const void* p, int words, uint64_t* values, const Place& place);
   void store_word(void* p, uint64_t value);
@@ -598,6 +599,11 @@ void Machine::barrier_wait(uint32_t address, uint32_t parity, const Place& place
   maybe_yield();
 }
 
+bool Machine::barrier_test(uint32_t address, uint32_t parity, const Place& place) {
+  maybe_yield();
+  return byte_barrier(address, place).parity != parity;
+}
+
 void Machine::copy_later(uint32_t barrier, uint32_t bytes, std::function<void()> write, const Place& place) {
   byte_barrier(barrier, place);
   Block* const block = current->warp->block;
@@ -745,6 +751,9 @@ void barrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
   machine->barrier_arrive(barrier, expected_bytes, place);
 }
 void barrier_wait(uint32_t barrier, uint32_t parity, Place place) { machine->barrier_wait(barrier, parity, place); }
+bool barrier_test(uint32_t barrier, uint32_t parity, Place place) {
+  return machine->barrier_test(barrier, parity, place);
+}
 void copy_later(uint32_t barrier, uint32_t bytes, std::function<void()> write, Place place) {
   machine->copy_later(barrier, bytes, std::move(write), place);
 }

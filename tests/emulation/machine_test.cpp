@@ -48,11 +48,24 @@ TEST(Machine, VotesAndReductions) {
     EXPECT_EQ(__ballot_sync(~0u, lane % 2 == 1), 0xaaaaaaaau);
     EXPECT_TRUE(__any_sync(~0u, lane == 7));
     EXPECT_FALSE(__all_sync(~0u, lane != 7));
+    EXPECT_EQ(__match_any_sync(~0u, lane / 4), 0xfu << lane / 4 * 4);
     EXPECT_EQ(__reduce_max_sync(~0u, static_cast<unsigned>(lane)), 31u);
     EXPECT_EQ(__reduce_min_sync(~0u, 5 - lane), -26);
     // Halves of a warp on their own.
     const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
     EXPECT_EQ(__ballot_sync(half, true), half);
+  });
+}
+
+TEST(Machine, ABarrierIsTestedWithoutWaiting) {
+  expect_runs({1, 32, 1024}, [] {
+    if (threadIdx.x != 0) return;
+    const uint32_t barrier = shared_address(dynamic_shared());
+    barrier_init(barrier, 1);
+    EXPECT_TRUE(barrier_test(barrier, 1));
+    EXPECT_FALSE(barrier_test(barrier, 0));
+    barrier_arrive(barrier);
+    EXPECT_TRUE(barrier_test(barrier, 0));
   });
 }
 
@@ -97,7 +110,7 @@ TEST(Machine, PhasesOfAByteBarrier) {
   }
 }
 
-// A map of two turns and three chunks in rows of 768 bytes.
+// A map of two turns and three chunks in rows of 768 bytes, boxes of two chunks.
 struct Boxes {
   Boxes() : bytes(64 * 768) {
     std::mt19937 engine(7);
@@ -105,15 +118,17 @@ struct Boxes {
   }
   // Byte `column` of line `row` of group `outer` in memory, 0 outside.
   uint8_t at(int row, int outer, int column) const {
-    return row < 8 && outer < 7 ? bytes[static_cast<size_t>((outer * 8 + row) * 768 + column)] : uint8_t{0};
+    return row < 8 && outer < 7 && column < 768 ? bytes[static_cast<size_t>((outer * 8 + row) * 768 + column)]
+                                                : uint8_t{0};
   }
   std::vector<uint8_t> bytes;
-  CUtensorMap map = box_map(bytes.data(), 768, 8, 7, 8 * 768, 2, 3);
+  CUtensorMap map = box_map(bytes.data(), 768, 8, 7, 8 * 768, 2, 3, 2);
 };
 
-void check_box(const Boxes& boxes, const uint8_t* memory, uint32_t base, int row, int outer, int turn) {
-  for (int line = 0; line < 3 * 16; ++line) {
-    const int chunk = line / 16;
+void check_box(const Boxes& boxes, const uint8_t* memory, uint32_t base, const int (&corner)[4]) {
+  const auto& [row, outer, turn, first] = corner;
+  for (int line = 0; line < 2 * 16; ++line) {
+    const int chunk = first + line / 16;
     for (int unit = 0; unit < 8; ++unit) {
       const uint8_t* const got = memory + line * 128 + ((static_cast<uint32_t>(unit) ^ (base / 128 + line)) & 7) * 16;
       for (int i = 0; i < 16; ++i) {
@@ -126,19 +141,20 @@ void check_box(const Boxes& boxes, const uint8_t* memory, uint32_t base, int row
 
 TEST(Machine, BoxesArriveSwizzledAndZeroOutside) {
   const Boxes boxes;
-  constexpr int kBytes = 3 * 2048;
+  constexpr int kBytes = 2 * 2048;
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     expect_runs({2, 32, 4 * 8192 + 1024, seed}, [&] {
       uint8_t* const memory = dynamic_shared();
       const uint32_t ring = shared_address(memory);
       const uint32_t barrier = ring + 4 * 8192;
-      const int corner[4][3] = {{0, 0, 0}, {0, 4, 1}, {0, 6, 1}, {3, 2, 0}};
+      const int corner[4][4] = {{0, 0, 0, 0}, {0, 4, 1, 1}, {0, 6, 1, 2}, {3, 2, 0, 1}};
       if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < 4; ++i) barrier_init(barrier + i * 8, 1);
         publish_barriers();
         for (uint32_t i = 0; i < 4; ++i) {
           barrier_arrive_expecting(barrier + i * 8, kBytes);
-          box_copy(ring + i * 8192, boxes.map, corner[i][0], corner[i][1], corner[i][2], barrier + i * 8);
+          const auto& [row, outer, turn, chunk] = corner[i];
+          box_copy(ring + i * 8192, boxes.map, row, outer, turn, chunk, barrier + i * 8);
           EXPECT_EQ(memory[i * 8192], 0xff);
         }
       }
@@ -146,7 +162,7 @@ TEST(Machine, BoxesArriveSwizzledAndZeroOutside) {
       for (uint32_t i = 0; i < 4; ++i) {
         barrier_wait(barrier + i * 8, 0);
         if (threadIdx.x == 0) {
-          check_box(boxes, memory + i * 8192, ring + i * 8192, corner[i][0], corner[i][1], corner[i][2]);
+          check_box(boxes, memory + i * 8192, ring + i * 8192, corner[i]);
         }
       }
     });
@@ -310,8 +326,8 @@ TEST(Machine, MisuseIsFound) {
     const uint32_t barrier = shared_address(dynamic_shared() + 2048);
     barrier_init(barrier, 1);
     barrier_arrive_expecting(barrier, 2048);
-    const CUtensorMap one = box_map(boxes.bytes.data(), 128, 8, 2, 1024, 1, 1);
-    box_copy(shared_address(dynamic_shared()), one, 0, 0, 0, barrier);
+    const CUtensorMap one = box_map(boxes.bytes.data(), 128, 8, 2, 1024, 1, 1, 1);
+    box_copy(shared_address(dynamic_shared()), one, 0, 0, 0, 0, barrier);
   });
 }
 

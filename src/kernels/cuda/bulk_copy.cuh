@@ -46,6 +46,19 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// Whether a barrier_wait() would return at once.
+__device__ inline bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // `bytes` (a multiple of 16) from 16-byte aligned global to 16-byte aligned shared memory.
 __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -71,14 +84,15 @@ __device__ inline void paired_tile_copy(uint32_t shared, const CUtensorMap& map,
       "l"(&map), "r"(column), "r"(0), "r"(eight), "r"(group), "r"(barrier)
       : "memory");
 }
-// A box of a box_map(): its rows `row` on of the `outer`-th on, chunks of that turn. Fetched once, so first to leave L2.
-__device__ inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn,
+// A box of a box_map(): its rows `row` on of the `outer`-th on, chunks `chunk` on of that turn. Fetched once, so first
+// to leave L2.
+__device__ inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, int chunk,
                                 uint32_t barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // what createpolicy makes of evict_first for all
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4, %5, %2}], [%6], %7;" ::"r"(shared),
-      "l"(&map), "r"(0), "r"(row), "r"(outer), "r"(turn), "r"(barrier), "l"(kEvictFirst)
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
+      "l"(&map), "r"(0), "r"(row), "r"(outer), "r"(turn), "r"(chunk), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 __device__ inline void prefetch_map(const CUtensorMap& map) {

@@ -14,7 +14,7 @@ Status launch_alone(const DecodePhase& op, const Launch& launch) {
 
 Status launch_layers(LayerProgramWriter& writer, const Launch& launch, DecodeProgress* progress) {
   if (writer.empty()) return {};
-  const LayerProgram& program = writer.finish(*progress);
+  const LayerProgram& program = writer.finish(*progress, memory_cycles(kLayerTileChunk));
   progress->first += static_cast<uint32_t>(program.phase_count);
   const int columns = layer_columns(program.rows);
   const Status status = launch_kernel(

@@ -24,6 +24,14 @@ struct EntryRows {
   uint32_t places = 0;
 };
 
+// Of one row's choice.
+struct RowChoice {
+  uint32_t greatest[kWarp / 2];  // of the logits of two lanes each, as keys
+  uint32_t keys[kWarp];          // of the candidates, in the order of their ids; zeros follow
+  int ids[kWarp];
+  uint32_t chosen[kDecodeTopK];  // keys, in order
+};
+
 // The router's choice. A row's places are the shared expert's, if there is one, and those of its choices. Entries are
 // the experts that the step must read: the shared one first, then the distinct ones.
 struct LayerRouting {
@@ -33,9 +41,8 @@ struct LayerRouting {
   int expert[kRoutingPairsMax + 1];                              // of an entry
   alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of steps of several rows: of an entry, or -1
   EntryRows rows[kRoutingPairsMax + 1];                          // the same
-  unsigned firsts[kDecodeTokens];                       // of a row: bits of the choices that no row before has made
-  alignas(16) uint32_t greatest[kDecodeTokens][kWarp];  // of each lane's logits
-  uint2 candidates[kDecodeTokens][kWarp];               // {key, id}
+  unsigned firsts[kDecodeTokens];  // of a row: bits of the choices that no row before has made
+  alignas(16) RowChoice choice[kDecodeTokens];
 };
 
 struct LayerShared {
@@ -214,26 +221,27 @@ __device__ __forceinline__ void stage_values(uint8_t* chunk, int t, const float 
   }
 }
 
+// What a lane multiplies weights with; zeros in columns without a row.
 template <int kPieces>
 struct Operand {
-  uint32_t pair[kPieces * 4];
-};
-// This lane's pieces of a staged chunk from `piece` on as lane `from` would read them; zeros in columns without a row.
-template <int kPieces, int kRows>
-__device__ __forceinline__ Operand<kPieces> load_operand(const uint8_t* chunk, int piece, int from, int rows) {
-  Operand<kPieces> b = {};
-  if (static_cast<int>(threadIdx.x % kWarp) / 4 < rows) {
+  uint32_t pair[kPieces * 4] = {};
+
+  // This lane's pieces of a staged chunk from `piece` on as lane `from` would read them.
+  template <int kRows>
+  __device__ __forceinline__ const Operand& load(const uint8_t* chunk, int piece, int from, int rows) {
+    if (static_cast<int>(threadIdx.x % kWarp) / 4 < rows) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const uint4 v = load16_shared(shared_address(chunk) + ((piece + i) * 4 * kRows + from) * 16);
-      b.pair[4 * i] = v.x;
-      b.pair[4 * i + 1] = v.y;
-      b.pair[4 * i + 2] = v.z;
-      b.pair[4 * i + 3] = v.w;
+      for (int i = 0; i < kPieces; ++i) {
+        const uint4 v = load16_shared(shared_address(chunk) + ((piece + i) * 4 * kRows + from) * 16);
+        pair[4 * i] = v.x;
+        pair[4 * i + 1] = v.y;
+        pair[4 * i + 2] = v.z;
+        pair[4 * i + 3] = v.w;
+      }
     }
+    return *this;
   }
-  return b;
-}
+};
 
 // ---- products ----
 

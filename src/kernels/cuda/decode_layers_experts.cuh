@@ -64,50 +64,56 @@ static __device__ __noinline__ void choose_slowly(RowKeys<kKeys> keys, int top_k
   }
 }
 
-// The ids of the row's top_k greatest logits, in order, and their keys; ties go to the lower id. At least top_k lanes'
-// greatest keys are as great as the top_k-th of these, so all that are chosen are, and few others.
+// How many of keys[0 .. kCount - 1] are greater than `key`; 16-byte aligned.
+template <int kCount>
+__device__ __forceinline__ int count_greater(const uint32_t* keys, uint32_t key) {
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const uint4 other = *reinterpret_cast<const uint4*>(keys + i);
+    count += ((other.x > key) + (other.y > key)) + ((other.z > key) + (other.w > key));
+  }
+  return count;
+}
+
+// The ids of the row's top_k greatest logits, in order, and their keys, of which s.chosen begins with zeros; ties go to
+// the lower id. At least top_k pairs of lanes have a greatest key that is as great as the top_k-th of these, so all
+// that are chosen are, and few others.
 template <int kKeys>
-__device__ __forceinline__ void choose_ids(const RowKeys<kKeys>& keys, int top_k, uint32_t* greatest, uint2* candidates,
-                                           int* ids, uint32_t* chosen) {
+__device__ __forceinline__ void choose_ids(const RowKeys<kKeys>& keys, int top_k, RowChoice& s, int* ids) {
+  static_assert(kDecodeTopK <= kWarp / 2, "a pair of lanes for each choice");
   const int lane = threadIdx.x % kWarp;
   const uint32_t own = keys.greatest();
-  greatest[lane] = own;
+  const uint32_t pair = max(own, __shfl_xor_sync(~0u, own, 1));
+  if (lane % 2 == 0) s.greatest[lane / 2] = pair;
+  s.keys[lane] = 0;
   __syncwarp();
-  int rank = 0;
-#pragma unroll 2
-  for (int i = 0; i < kWarp; i += 4) {
-    const uint4 other = *reinterpret_cast<const uint4*>(greatest + i);
-    rank += other.x > own || (other.x == own && i < lane);
-    rank += other.y > own || (other.y == own && i + 1 < lane);
-    rank += other.z > own || (other.z == own && i + 2 < lane);
-    rank += other.w > own || (other.w == own && i + 3 < lane);
-  }
-  const int last = __ffs(static_cast<int>(__ballot_sync(~0u, rank == top_k - 1))) - 1;
-  const uint32_t least = max(__shfl_sync(~0u, own, last), 1u);
+  const bool leads = count_greater<kWarp / 2>(s.greatest, pair) < top_k;
+  const uint32_t least = max(__reduce_min_sync(~0u, leads ? pair : ~0u), 1u);
   int count = 0;
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
     const bool is_candidate = keys.key[i] >= least;
     const unsigned mask = __ballot_sync(~0u, is_candidate);
     const int at = count + __popc(mask & ((1u << lane) - 1));
-    if (is_candidate && at < kWarp) candidates[at] = {keys.key[i], static_cast<uint32_t>(i * kWarp + lane)};
+    if (is_candidate && at < kWarp) {
+      s.keys[at] = keys.key[i];
+      s.ids[at] = i * kWarp + lane;
+    }
     count += __popc(mask);
   }
   if (count > kWarp) {
-    choose_slowly<kKeys>(keys, top_k, ids, chosen);
+    choose_slowly<kKeys>(keys, top_k, ids, s.chosen);
     return;
   }
   __syncwarp();
-  const uint2 mine = candidates[lane];
-  int place = 0;
+  const uint32_t key = s.keys[lane];
+  int place = __popc(__match_any_sync(~0u, key) & ((1u << lane) - 1));
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const uint2 other = candidates[i];
-    place += other.x > mine.x || (other.x == mine.x && other.y < mine.y);
-  }
+  for (int i = 0; i < count; i += 8) place += count_greater<8>(s.keys + i, key);
   if (lane < count && place < top_k) {
-    ids[place] = static_cast<int>(mine.y);
-    chosen[place] = mine.x;
+    ids[place] = s.ids[lane];
+    s.chosen[place] = key;
   }
 }
 
@@ -118,14 +124,16 @@ __device__ __forceinline__ float float_of_ordered(uint32_t key) {
 // Row t's ids. The whole warp calls.
 template <int kKeys>
 __device__ __forceinline__ void choose_row(const GateUpPhase& p, LayerRouting& routing, unsigned launch, int t,
-                                           bool rehearse) {
+                                           int* ids, bool rehearse) {
   const int lane = threadIdx.x % kWarp;
-  int* const ids = routing.ids + t * p.top_k;
+  RowChoice& choice = routing.choice[t];
   RowKeys<kKeys> keys;
   keys.load(p, p.logits + t * (p.experts + 1), launch, rehearse);
-  if (lane < p.top_k) ids[lane] = lane;  // where logits are NaN
-  // The greatest keys' place is free again when the candidates are known.
-  choose_ids(keys, p.top_k, routing.greatest[t], routing.candidates[t], ids, routing.greatest[t]);
+  if (lane < p.top_k) {  // stays where logits are NaN
+    ids[lane] = lane;
+    choice.chosen[lane] = 0;
+  }
+  choose_ids(keys, p.top_k, choice, ids);
   __syncwarp();
 }
 // And its weights.
@@ -134,7 +142,7 @@ __device__ __forceinline__ void weigh_row(const GateUpPhase& p, LayerRouting& ro
   const int lane = threadIdx.x % kWarp;
   const int top_k = p.top_k;
   const uint2* const logits = p.logits + t * (p.experts + 1);
-  const uint32_t* const chosen = routing.greatest[t];
+  const uint32_t* const chosen = routing.choice[t].chosen;
   const float greatest = float_of_ordered(chosen[0]);
   const float mine = lane < top_k ? __expf(float_of_ordered(chosen[lane]) - greatest) : 0.0f;
   float all = mine;
@@ -154,16 +162,6 @@ __device__ __forceinline__ void weigh_row(const GateUpPhase& p, LayerRouting& ro
   if (lane == top_k && first != 0) weights[-1] = p.has_gate ? sigmoid(__uint_as_float(gate.x)) : 1.0f;
 }
 
-// Entry 0 is the shared expert, if there is one; then come the row's choices in order. An entry is its place as well.
-__device__ __forceinline__ void list_one_row(const GateUpPhase& p, LayerRouting& routing) {
-  const int lane = threadIdx.x % kWarp;
-  const int first = p.shared.width > 0;
-  __syncwarp();
-  if (lane < p.top_k) routing.expert[first + lane] = routing.ids[lane];
-  if (lane == 0) routing.entries = first + p.top_k;
-  __syncwarp();
-}
-
 // The warps that choose the experts of several rows, one each, meet.
 template <int kRows>
 __device__ __forceinline__ void choosers_barrier() {
@@ -180,7 +178,7 @@ __device__ __forceinline__ void clear_lists(LayerRouting& routing, int* first_ch
   }
 }
 
-// The same for several rows, by warp t of row t, whose lanes have a choice each.
+// The distinct experts of several rows and their places, by warp t of row t, whose lanes have a choice each.
 template <int kRows>
 __device__ __forceinline__ void list_rows(const GateUpPhase& p, LayerRouting& routing, int* first_choice, int rows,
                                           int t) {
@@ -285,11 +283,14 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
 template <int kKeys>
 __device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
   const bool arrives = threadIdx.x % kWarp == 0;
+  const int first = p.shared.width > 0;
+  if (arrives) shared.routing.entries = first + p.top_k;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     const bool rehearse = pass == 0;
-    choose_row<kKeys>(p, shared.routing, launch, 0, rehearse);
-    list_one_row(p, shared.routing);
+    // Entry 0 is the shared expert, if there is one; then come the row's choices in order. An entry is its place as
+    // well.
+    choose_row<kKeys>(p, shared.routing, launch, 0, shared.routing.expert + first, rehearse);
     if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
     weigh_row(p, shared.routing, launch, 0, rehearse);
     __syncwarp();
@@ -308,7 +309,7 @@ __device__ __forceinline__ void route_rows(const GateUpPhase& p, LayerConsumer& 
   c.begin_batch<kRows>();
   clear_lists<kRows>(routing, first_choice);
   choosers_barrier<kRows>();
-  if (has_row) choose_row<kKeys>(p, routing, c.launch, c.warp, false);
+  if (has_row) choose_row<kKeys>(p, routing, c.launch, c.warp, routing.ids + c.warp * p.top_k, false);
   list_rows<kRows>(p, routing, first_choice, c.rows, c.warp);
   if (threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.routed));
   if (has_row) weigh_row(p, routing, c.launch, c.warp, false);
@@ -483,15 +484,17 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
                                               uint32_t chunk_address, float scale) {
   const LayerRouting& routing = c.shared.routing;
   const DownChunk at(p, slot, c.warp);
-  if (at.entry >= routing.entries) return;
+  const bool there = at.entry < routing.entries;
+  // The only row's products of a chunk that is not there are dropped, as a branch would cost more.
+  if (kRows > 1 && !there) return;
   const int lane = threadIdx.x % kWarp;
   const uint8_t* const from = c.staged + staged * kStagedTurn<kFp8, kRows>;
   const ChunkWeights w = load_chunk(chunk_address);
   float acc[4] = {};
   if constexpr (kFp8) {
-    multiply_fp8(acc, w, load_operand<4, kRows>(from, 0, lane, c.rows), {scale, scale});
+    multiply_fp8(acc, w, Operand<4>().load<kRows>(from, 0, lane, c.rows), {scale, scale});
   } else {
-    multiply_bf16<false>(acc, w, load_operand<2, kRows>(from, 0, lane, c.rows));
+    multiply_bf16<false>(acc, w, Operand<2>().load<kRows>(from, 0, lane, c.rows));
   }
   const int stride = layer_down_stride((p.top_k + 1) << p.log_chunks);
   c.begin_batch<kRows>();
@@ -500,7 +503,7 @@ __device__ __forceinline__ void multiply_down(const DownPhase& p, LayerConsumer&
     const int t = lane % 4 * 2 + i;
     if (t >= kRows) break;
     const int place = kRows == 1 ? at.entry : routing.place[at.entry][t];
-    if (place < 0) continue;
+    if (kRows == 1 ? !there : place < 0) continue;
     const float weight = routing.weights[t * (p.top_k + 1) + place];
     float* const to = c.buffer<kRows>() + (t * kLayerTileRows + lane / 4) * stride + (place << p.log_chunks) + at.chunk;
     to[0] = acc[i] * weight;

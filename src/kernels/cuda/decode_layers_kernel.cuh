@@ -28,6 +28,11 @@ struct LayerProducer {
   RingPosition at;
   RingPosition last = {};  // the slot before
   bool has_last = false;
+  // What a phase reads crosses memory's queues behind all weights that were asked for before it. So those that are
+  // asked for while blocks may still wait for it, at most a ring of them, are asked for one after the other.
+  int to_spread = 0;       // slots
+  RingPosition first;      // slot of the phase: when it is released, the phase's input was there
+  uint32_t next_copy = 0;  // at which cycle
 
   // Waits for what has been asked for. What is needed later must not come between: memory would serve it to the blocks
   // that have less to wait for at the cost of the others, and all wait for the last.
@@ -39,9 +44,32 @@ struct LayerProducer {
     barrier_wait(shared_address(&shared.empty[at.slot]), at.parity ^ 1);
     barrier_arrive_expecting(shared_address(&shared.full[at.slot]), bytes);
   }
-  __device__ void copy(int chunk, int map, int row, int outer, int turn) {
-    box_copy(ring + at.slot * kLayerSlotBytes + chunk * kLayerTileChunk, program.maps[map], row, outer, turn,
+  __device__ void begin_phase(bool spreads) {
+    first = at;
+    to_spread = spreads ? program.slots : 0;
+  }
+  __device__ void take_turn(int chunks) {
+    if (to_spread <= 0) return;
+    while (static_cast<int>(cycle_count() - next_copy) < 0) {
+      if (!barrier_test(shared_address(&shared.empty[first.slot]), first.parity)) continue;
+      to_spread = 0;
+      return;
+    }
+    next_copy = cycle_count() + chunks * program.spread;
+  }
+  // `chunks` from a row's `from`-th on, to the slot's `chunk`-th and on.
+  __device__ void copy(int chunk, int chunks, int map, int row, int outer, int turn, int from) {
+    take_turn(chunks);
+    box_copy(ring + at.slot * kLayerSlotBytes + chunk * kLayerTileChunk, program.maps[map], row, outer, turn, from,
              shared_address(&shared.full[at.slot]));
+  }
+  // A slot of `chunks` of a tile's turn.
+  __device__ void fetch(int chunks, int map, int row, int outer, int turn) {
+    const int box = layer_box_chunks(chunks);
+    open(chunks * kLayerTileChunk);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk += box) copy(chunk, box, map, row, outer, turn, chunk);
+    close();
   }
   __device__ void copy_states(const std::byte* from, int bytes) {
     bulk_copy(ring + at.slot * kLayerSlotBytes, from, bytes, shared_address(&shared.full[at.slot]));
@@ -49,6 +77,7 @@ struct LayerProducer {
   __device__ void close() {
     last = at;
     has_last = true;
+    --to_spread;
     at.advance(program.slots);
   }
 };
@@ -56,11 +85,7 @@ struct LayerProducer {
 __device__ __forceinline__ void produce_project(const ProjectPhase& p, LayerProducer& producer) {
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const LayerSegment& s = p.segments[segment_of(p, tile)];
-    for (int turn = 0; turn < s.turns; ++turn) {
-      producer.open(s.chunks * kLayerTileChunk);
-      producer.copy(0, s.map, 0, (tile - s.first_tile) * 2, turn);
-      producer.close();
-    }
+    for (int turn = 0; turn < s.turns; ++turn) producer.fetch(s.chunks, s.map, 0, (tile - s.first_tile) * 2, turn);
   }
 }
 
@@ -89,15 +114,11 @@ __device__ __forceinline__ void produce_gate_up(const GateUpPhase& p, uint32_t r
   const int turns = p.turns;
   const int routed_map = p.routed.map;
   const int rows = 2 * p.routed.width;
-  const uint32_t bytes = p.chunks * kLayerTileChunk;
+  const int chunks = p.chunks;
   int index = blockIdx.x;
   const auto fetch = [&](int map, int row) {
 #pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-      producer.open(bytes);
-      producer.copy(0, map, row, 0, turn);
-      producer.close();
-    }
+    for (int turn = 0; turn < turns; ++turn) producer.fetch(chunks, map, row, 0, turn);
     index += gridDim.x;
   };
   while (is_shared(p, UnitPlace(p, index).entry)) fetch(p.shared.map, UnitPlace(p, index).tile * kUnitRows);
@@ -122,8 +143,8 @@ __device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& 
       for (int i = 0; i < count; ++i) {
         const bool shared = entry + i == 0 && p.shared.width > 0;
         const int expert = shared ? 0 : routing.expert[entry + i];
-        producer.copy(i << p.log_chunks, shared ? p.shared.map : p.routed.map, 0,
-                      (expert * p.hidden + tile * kLayerTileRows) / 8, 0);
+        producer.copy(i << p.log_chunks, 1 << p.log_chunks, shared ? p.shared.map : p.routed.map, 0,
+                      (expert * p.hidden + tile * kLayerTileRows) / 8, 0, 0);
       }
       producer.close();
     }
@@ -133,11 +154,13 @@ __device__ __forceinline__ void produce_down(const DownPhase& p, LayerProducer& 
 template <int kRows>
 __device__ __forceinline__ void produce(const LayerProgram& program, LayerShared& shared, uint32_t ring) {
   LayerProducer producer = {program, shared, ring, {}};
+  producer.next_copy = cycle_count();
   uint32_t routed_parity = 0;
 #pragma unroll 1
   for (int i = 0; i < program.phase_count; ++i) {
     const LayerPhase& phase = shared.phases[i];
     tell_progress(program, LayerProgress::kFetching, i);
+    producer.begin_phase(phase.is(LayerPhaseKind::kProject) || program.spreads_experts);
     switch (phase.kind) {
       case LayerPhaseKind::kProject:
         if (i > 0 && shared.phases[i - 1].kind == LayerPhaseKind::kDown) producer.settle();

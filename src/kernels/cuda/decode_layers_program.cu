@@ -9,6 +9,10 @@ namespace {
 
 constexpr size_t kMostSharedBytes = 227 * 1024;
 constexpr size_t kLeastSlots = 2;
+// From a copy to the next one, of the cycles that memory takes for it, while the phase's input is not there; of one row
+// with FP8 weights, whose experts are so few bytes that theirs are not spread at all (gpu_lab.md).
+constexpr double kSpread = 1.0;
+constexpr double kSpreadOneRow = 0.8;
 
 bool streams(const Matrix& m) {
   if (m.layout != MatrixLayout::kRowMajor || m.n % 8 != 0 || m.k % 128 != 0) return false;
@@ -119,16 +123,17 @@ uint2* LayerProgramWriter::words(int64_t per_row) {
   return reinterpret_cast<uint2*>(workspace_ + kLayerWordsOffset) + begin;
 }
 
-int LayerProgramWriter::map(const Matrix& weight, bool fp8, int turns, int chunks) {
+int LayerProgramWriter::map(const Matrix& weight, bool fp8, int turns, int chunks, int box_chunks) {
   const int64_t row_bytes = weight.k * (fp8 ? 1 : 2);
-  program_.maps[program_.map_count] = box_map(weight.data, row_bytes, 8, weight.n / 8, 8 * row_bytes, turns, chunks);
+  program_.maps[program_.map_count] =
+      box_map(weight.data, row_bytes, 8, weight.n / 8, 8 * row_bytes, turns, chunks, box_chunks);
   return program_.map_count++;
 }
 // Of `matrices` [2 * width, k] one after the other: boxes of eight gate rows and the eight up rows beside them.
 int LayerProgramWriter::paired_map(const Matrix& first, int64_t matrices, int64_t width, int turns, int chunks) {
   const int64_t row_bytes = first.k * (fp8_ ? 1 : 2);
-  program_.maps[program_.map_count] =
-      box_map(first.data, row_bytes, (2 * matrices - 1) * width, 2, width * row_bytes, turns, chunks);
+  program_.maps[program_.map_count] = box_map(first.data, row_bytes, (2 * matrices - 1) * width, 2, width * row_bytes,
+                                              turns, chunks, layer_box_chunks(chunks));
   return program_.map_count++;
 }
 
@@ -190,7 +195,7 @@ bool LayerProgramWriter::project(const DecodeLinear& op, bool to_words, ProjectP
     s.result = to_words ? LayerResult::kWords : floats ? LayerResult::kFloatRows : LayerResult::kRows;
     if (s.to == nullptr) return false;
     s.first_tile = p.tiles;
-    s.map = static_cast<int8_t>(map(from.weight, fp8, turns, cut.warps));
+    s.map = static_cast<int8_t>(map(from.weight, fp8, turns, cut.warps, layer_box_chunks(cut.warps)));
     s.turns = static_cast<int8_t>(turns);
     s.chunks = static_cast<int8_t>(cut.warps);
     if (fp8 == fp8_ && p.own_tiles < p.tiles) return false;
@@ -349,8 +354,9 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   d.top_k = g.top_k;
   Matrix all = routed.down;
   all.n = hidden * routed.experts;
-  d.routed = {routed.down.scale, width, map(all, fp8_, 1, 1 << d.log_chunks)};
-  if (has_shared) d.shared = {down->shared_down.scale, width, map(down->shared_down, fp8_, 1, 1 << d.log_chunks)};
+  const int chunks = 1 << d.log_chunks;
+  d.routed = {routed.down.scale, width, map(all, fp8_, 1, chunks, chunks)};
+  if (has_shared) d.shared = {down->shared_down.scale, width, map(down->shared_down, fp8_, 1, chunks, chunks)};
   d.residual_words = words(hidden / 2);
   if (r.logits == nullptr || g.h == nullptr || d.residual_words == nullptr) return 0;
 
@@ -421,8 +427,11 @@ size_t LayerProgramWriter::take(std::span<const DecodePhase> ops) {
   return taken;
 }
 
-const LayerProgram& LayerProgramWriter::finish(const DecodeProgress& progress) {
+const LayerProgram& LayerProgramWriter::finish(const DecodeProgress& progress, double chunk_cycles) {
   program_.progress = progress;
+  const bool one_fp8_row = columns_ == 1 && fp8_;
+  program_.spread = static_cast<int>(chunk_cycles * (one_fp8_row ? kSpreadOneRow : kSpread));
+  program_.spreads_experts = !one_fp8_row;
   program_.staged_bytes = staged_bytes(columns_);
   program_.partial_bytes = partial_bytes(columns_);
   program_.slots =

@@ -64,6 +64,8 @@ __host__ __device__ constexpr int layer_mixer_bytes(int columns) {
 // Slots of a down projection whose activations a warp stages at a time.
 __host__ __device__ constexpr int layer_down_slots(int columns) { return columns == 1 ? 4 : 1; }
 __host__ __device__ constexpr int layer_chunk_values(bool fp8) { return fp8 ? 128 : 64; }
+// Chunks of a row that a copy brings: half of them, so that memory is asked for less at once.
+__host__ __device__ constexpr int layer_box_chunks(int chunks) { return chunks % 2 == 0 ? chunks / 2 : chunks; }
 // Chunks of a warp in one tile, at most: inner sizes up to 4,096.
 __host__ __device__ constexpr int layer_max_turns(bool fp8) { return fp8 ? 2 : 4; }
 __host__ __device__ constexpr int layer_staged_chunk(bool fp8, int columns) {
@@ -212,8 +214,10 @@ struct LayerProgram {
   int phase_count;
   int map_count;
   int slots;
+  int spread;  // cycles from a copy to the next for each of its chunks, while a phase's input is not there
   int staged_bytes;
   int partial_bytes;  // of one of the layer_buffers()
+  bool spreads_experts;
   bool updates_x;
 };
 static_assert(sizeof(LayerProgram) < 32 * 1024, "it is a kernel parameter");
@@ -236,8 +240,9 @@ class LayerProgramWriter {
   bool narrow() const {
     return experts_ <= kLayerFewKeys * 32 && experts_ + 1 <= layer_router_rows(kLayerFewKeys) * blocks_;
   }
-  // The launch so far; shared_bytes() of dynamic shared memory. progress: of its first op.
-  const LayerProgram& finish(const DecodeProgress& progress = {});
+  // The launch so far; shared_bytes() of dynamic shared memory. progress: of its first op. chunk_cycles: in which every
+  // multiprocessor can have kLayerTileChunk bytes of memory.
+  const LayerProgram& finish(const DecodeProgress& progress = {}, double chunk_cycles = 0);
   size_t shared_bytes() const;
   void clear();
 
@@ -250,7 +255,7 @@ class LayerProgramWriter {
   bool project(const DecodeLinear& op, bool to_words, ProjectPhase* phase);
   bool input_of_norm(const Rows& x, const uint2** words, const __nv_bfloat16** rows, int64_t* stride);
   uint2* words(int64_t per_row);
-  int map(const Matrix& weight, bool fp8, int turns, int chunks);
+  int map(const Matrix& weight, bool fp8, int turns, int chunks, int box_chunks);
   int paired_map(const Matrix& first, int64_t matrices, int64_t width, int turns, int chunks);
   LayerPhase& add(LayerPhaseKind kind);
   int staged_bytes(int columns) const;

@@ -250,7 +250,7 @@ __device__ __forceinline__ void multiply_wide_turn(float (&acc)[4], const ChunkW
   const int lane = threadIdx.x % kWarp;
   const int from = lane / 4 * 4 + s % 2 * 2 + lane % 4 / 2;
   const uint8_t* const chunk = staged + s / 2 * kStagedTurn<true, kRows>;
-  multiply_bf16<true>(acc, w, load_operand<2, kRows>(chunk, lane % 2 * 2, from, rows));
+  multiply_bf16<true>(acc, w, Operand<2>().load<kRows>(chunk, lane % 2 * 2, from, rows));
 }
 
 // Where this thread's element of a batch of tiles goes: tile `own` of the batch, row t of the step, row of the tile.
@@ -336,12 +336,13 @@ __device__ __forceinline__ void finish_projection(const ProjectPhase& p, LayerCo
   }
 }
 
-// Multiplies this warp's chunks of `count` tiles of the kernel's own type and leaves the part sums in `parts`. Lane
-// (first_lane + i * turns + s) has the scales of tile i's turn s; kPaired: rows 8 to 15 have scales of their own.
-template <bool kFp8, int kRows, bool kPaired>
-__device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int turns, bool active, float2 scales,
-                                             int first_lane, float* parts) {
+// stream_tiles() of one row. Nothing but the end of the loop branches: where a warp's lanes may part, a tile costs a
+// hundred cycles more. So a warp without chunks multiplies what lies there, and stores zeros.
+template <bool kFp8, bool kPaired>
+__device__ __forceinline__ void stream_row(LayerConsumer& c, int count, int turns, bool active, float2 scales,
+                                           int first_lane, float* parts) {
   const int lane = threadIdx.x % kWarp;
+  float* to = parts + lane / 4 * layer_partial_stride(1) + c.warp;
   float acc[4] = {};
   Operand<kOperandPieces<kFp8>> operand = {};
   int s = 0;
@@ -352,20 +353,84 @@ __device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int tu
       scale.x = __shfl_sync(~0u, scales.x, first_lane + i);
       scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i) : scale.x;
     }
-    if (i == 0 || turns > 1) {
-      operand = load_operand<kOperandPieces<kFp8>, kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
-    }
+    operand.template load<1>(c.staged + s * kStagedTurn<kFp8, 1>, 0, lane, 1);
     int slot;
     const uint32_t chunk = c.wait(&slot);
-    if (active) multiply_turn<kFp8>(acc, chunk, operand, scale);
+    multiply_turn<kFp8>(acc, chunk, operand, scale);
     c.release(slot);
-    if (++s < turns) continue;
-    s = 0;
+    const bool last = ++s == turns;
+    if (last && lane % 4 == 0) {
+      to[0] = active ? acc[0] : 0.0f;
+      to[8 * layer_partial_stride(1)] = active ? acc[2] : 0.0f;
+    }
+    to = last ? to + layer_tile_floats(1) : to;
+    s = last ? 0 : s;
+#pragma unroll
+    for (float& value : acc) value = last ? 0.0f : value;
+  }
+}
+
+// A warp without chunks, of several rows: zeros.
+template <int kRows>
+__device__ __forceinline__ void skip_tiles(LayerConsumer& c, int count, int turns, float* parts) {
+  const float zeros[4] = {};
+#pragma unroll 1
+  for (int i = 0; i < count; ++i, parts += layer_tile_floats(kRows)) {
+#pragma unroll 1
+    for (int s = 0; s < turns; ++s) {
+      int slot;
+      c.wait(&slot);
+      c.release(slot);
+    }
+    c.begin_batch<kRows>();
+    store_parts<kRows>(parts, c.warp, zeros);
+  }
+}
+
+// stream_tiles() of several rows by a warp that has chunks, whose loops do not branch either.
+template <bool kFp8, int kRows, bool kPaired, int kTurns>
+__device__ __forceinline__ void stream_turns(LayerConsumer& c, int count, float2 scales, int first_lane, float* parts) {
+  const int lane = threadIdx.x % kWarp;
+  Operand<kOperandPieces<kFp8>> operand = {};
+  if constexpr (kTurns == 1) operand.template load<kRows>(c.staged, 0, lane, c.rows);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    float acc[4] = {};
+#pragma unroll
+    for (int s = 0; s < kTurns; ++s) {
+      float2 scale = {1.0f, 1.0f};
+      if constexpr (kFp8) {
+        scale.x = __shfl_sync(~0u, scales.x, first_lane + i * kTurns + s);
+        scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i * kTurns + s) : scale.x;
+      }
+      if constexpr (kTurns > 1) operand.template load<kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
+      int slot;
+      const uint32_t chunk = c.wait(&slot);
+      multiply_turn<kFp8>(acc, chunk, operand, scale);
+      c.release(slot);
+    }
     c.begin_batch<kRows>();
     store_parts<kRows>(parts, c.warp, acc);
     parts += layer_tile_floats(kRows);
-#pragma unroll
-    for (float& value : acc) value = 0;
+  }
+}
+
+// Multiplies this warp's chunks of `count` tiles of the kernel's own type and leaves the part sums in `parts`. Lane
+// (first_lane + i * turns + s) has the scales of tile i's turn s; kPaired: rows 8 to 15 have scales of their own.
+template <bool kFp8, int kRows, bool kPaired>
+__device__ __forceinline__ void stream_tiles(LayerConsumer& c, int count, int turns, bool active, float2 scales,
+                                             int first_lane, float* parts) {
+  static_assert(layer_max_turns(true) == 2 && layer_max_turns(false) == 4);
+  if constexpr (kRows == 1) {
+    stream_row<kFp8, kPaired>(c, count, turns, active, scales, first_lane, parts);
+  } else if (!active) {
+    skip_tiles<kRows>(c, count, turns, parts);
+  } else if (turns == 1) {
+    stream_turns<kFp8, kRows, kPaired, 1>(c, count, scales, first_lane, parts);
+  } else if (kFp8 || turns == 2) {
+    stream_turns<kFp8, kRows, kPaired, 2>(c, count, scales, first_lane, parts);
+  } else {
+    stream_turns<kFp8, kRows, kPaired, 4>(c, count, scales, first_lane, parts);
   }
 }
 

@@ -23,6 +23,12 @@ __device__ __forceinline__ int read_lane() {
   return lane;
 }
 
+__device__ __forceinline__ uint32_t cycle_count() {
+  uint32_t cycles;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles)::"memory");
+  return cycles;
+}
+
 // {value, flag} words that blocks write for each other; each is read and written as a whole.
 __device__ __forceinline__ uint2 load_word(const uint2* p) {
   uint64_t word;

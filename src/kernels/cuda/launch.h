@@ -22,6 +22,10 @@ Status cuda_status(cudaError_t error, const char* op);
 // Multiprocessors of the current device; read once per process (all devices of a process are alike).
 int multiprocessors();
 
+// Cycles of a multiprocessor in which each gets so many bytes when all read memory at the bandwidth that its clock and
+// width give, of the current device; read once per process.
+double memory_cycles(double bytes);
+
 // Launches `kernel` with `cluster` blocks per cluster along x (1: none) and dynamic shared memory, raising its limit
 // first. resource_exhausted-like misuse (more shared memory than the device has) comes back as the op's error.
 template <typename... Parameters, typename... Arguments>

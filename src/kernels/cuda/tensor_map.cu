@@ -76,11 +76,11 @@ CUtensorMap paired_tensor_map(const void* data, DType dtype, int64_t groups, int
 }
 
 CUtensorMap box_map(const void* data, int64_t row_bytes, int64_t inner_rows, int64_t outer, int64_t outer_stride,
-                    int turns, int chunks) {
+                    int turns, int chunks, int box_chunks) {
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   return encode<5>(data, DType::kFloat8E4M3, {128, size(inner_rows), size(outer), size(turns), size(chunks)},
                    {size(row_bytes), size(outer_stride), 128, size(turns) * 128},
-                   {128, 8, 2, 1, static_cast<cuuint32_t>(chunks)}, CU_TENSOR_MAP_SWIZZLE_128B);
+                   {128, 8, 2, 1, static_cast<cuuint32_t>(box_chunks)}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace tokenspeed::kernels::cuda

@@ -26,12 +26,11 @@ CUtensorMap tensor_map(const void* data, DType dtype, int64_t rows, int64_t colu
 CUtensorMap paired_tensor_map(const void* data, DType dtype, int64_t groups, int64_t width, int64_t columns,
                               int box_eights);
 
-// Boxes of 16 rows and `chunks` times 128 bytes for box_copy(). Dimensions are bytes of a chunk, rows (`inner_rows`,
-// eight of a box), groups of rows (`outer`, `outer_stride` bytes apart, two of a box), turns (neighbouring chunks) and
-// chunks
-// (`turns` * 128 bytes apart). In shared memory chunk after chunk, of each the first group's rows, then the second's,
-// 16-byte units exchanged as above.
+// Boxes of 16 rows and `box_chunks` times 128 bytes for box_copy(). Dimensions are bytes of a chunk, rows
+// (`inner_rows`, eight of a box), groups of rows (`outer`, `outer_stride` bytes apart, two of a box), turns
+// (neighbouring chunks) and chunks (`chunks`, `turns` * 128 bytes apart, `box_chunks` of a box). In shared memory chunk
+// after chunk, of each the first group's rows, then the second's, 16-byte units exchanged as above.
 CUtensorMap box_map(const void* data, int64_t row_bytes, int64_t inner_rows, int64_t outer, int64_t outer_stride,
-                    int turns, int chunks);
+                    int turns, int chunks, int box_chunks);
 
 }  // namespace tokenspeed::kernels::cuda

@@ -11,7 +11,8 @@
 namespace tokenspeed::emulation {
 
 // `map` is one of kernels::cuda::box_map(), which is defined beside this in place of the real one.
-void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, uint32_t barrier, Place place);
+void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, int chunk, uint32_t barrier,
+              Place place);
 
 void bulk_copy(uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier, Place place);
 

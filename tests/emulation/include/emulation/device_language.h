@@ -147,6 +147,16 @@ inline bool __all_sync(unsigned mask, bool value,
   return tokenspeed::emulation::ballot("__all_sync", mask, value, place) == mask;
 }
 template <typename T>
+unsigned __match_any_sync(unsigned mask, T value,
+                          tokenspeed::emulation::Place place = tokenspeed::emulation::Place::current()) {
+  unsigned same = 0;
+  for (int other = 0; other < 32; ++other) {
+    const bool is_same = tokenspeed::emulation::shuffle("__match_any_sync", mask, value, other, place) == value;
+    same |= static_cast<unsigned>(is_same) << other;
+  }
+  return same & mask;
+}
+template <typename T>
 T __reduce_max_sync(unsigned mask, T value,
                     tokenspeed::emulation::Place place = tokenspeed::emulation::Place::current()) {
   static_assert(sizeof(T) == 4);

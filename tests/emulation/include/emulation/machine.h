@@ -71,6 +71,8 @@ inline int lane() { return static_cast<int>(current_place->thread.x % 32); }
 void barrier_init(uint32_t barrier, int arrivals, Place place);
 void barrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place);
 void barrier_wait(uint32_t barrier, uint32_t parity, Place place);
+// Whether it would return at once.
+bool barrier_test(uint32_t barrier, uint32_t parity, Place place);
 // Calls `write` at a later time and then completes `bytes` on the barrier.
 void copy_later(uint32_t barrier, uint32_t bytes, std::function<void()> write, Place place);
 

@@ -29,13 +29,17 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity, emulation::Place pla
   emulation::barrier_wait(barrier, parity, place);
 }
 
+inline bool barrier_test(uint32_t barrier, uint32_t parity, emulation::Place place = emulation::Place::current()) {
+  return emulation::barrier_test(barrier, parity, place);
+}
+
 inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                       emulation::Place place = emulation::Place::current()) {
   emulation::bulk_copy(shared, global, bytes, barrier, place);
 }
-inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, uint32_t barrier,
+inline void box_copy(uint32_t shared, const CUtensorMap& map, int row, int outer, int turn, int chunk, uint32_t barrier,
                      emulation::Place place = emulation::Place::current()) {
-  emulation::box_copy(shared, map, row, outer, turn, barrier, place);
+  emulation::box_copy(shared, map, row, outer, turn, chunk, barrier, place);
 }
 inline void prefetch_map(const CUtensorMap&) {}
 

@@ -11,6 +11,11 @@ inline uint8_t* dynamic_shared() { return emulation::shared_memory(); }
 inline void named_barrier(int id, int threads, emulation::Place place = emulation::Place::current()) {
   emulation::block_barrier(id, threads, "named_barrier", place);
 }
+// Time goes on where it is looked at.
+inline uint32_t cycle_count() {
+  static uint32_t cycles = 0xffffff00;
+  return cycles += 8;
+}
 inline int read_lane() { return static_cast<int>(threadIdx.x % 32); }
 
 inline uint2 load_word(const uint2* p, emulation::Place place = emulation::Place::current()) {
