@@ -31,7 +31,7 @@ Result<std::unique_ptr<runtime::Runner>> make_gpu_runner(const model::LoadedMode
 // Has a fault of the GPU name its operation. Before anything else is asked of the GPU.
 void arm_gpu_fault_dump();
 
-// When the GPU began the runner's last step and had its tokens, by its own clock in ns.
+// When the GPU began the runner's last step and had the tokens of the step before, by its own clock in ns.
 Result<std::pair<uint64_t, uint64_t>> gpu_step_times(const runtime::Runner& runner);
 
 struct PhaseTime;

@@ -27,8 +27,8 @@ BenchBatch::StepCalls StepOverheads::noting_gaps() {
   calls.wait = [this](Results results) -> Status {
     TS_RETURN_IF_ERROR(runner_->wait(results));
     TS_ASSIGN_OR_RETURN(const auto times, gpu_step_times(*runner_));
-    if (last_end_ != 0) gaps_.push_back(static_cast<double>(times.first - last_end_) * 1e-9);
-    last_end_ = times.second;
+    if (follows_ && times.second != 0) gaps_.push_back(static_cast<double>(times.first - times.second) * 1e-9);
+    follows_ = true;
     return {};
   };
   return calls;

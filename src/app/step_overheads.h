@@ -27,7 +27,7 @@ class StepOverheads {
 
  private:
   runtime::Runner* runner_;
-  uint64_t last_end_ = 0;
+  bool follows_ = false;  // a step that was noted
   std::vector<double> gaps_;
   double host_of_step_ = 0;
   std::vector<double> host_;

@@ -68,7 +68,7 @@ void arm_gpu_fault_dump() { runtime::arm_fault_dump(); }
 
 Result<std::pair<uint64_t, uint64_t>> gpu_step_times(const runtime::Runner& runner) {
   TS_ASSIGN_OR_RETURN(const auto times, static_cast<const runtime::CudaRunner&>(runner).last_step_times());
-  return std::make_pair(times.begin, times.end);
+  return std::make_pair(times.begin, times.end_before);
 }
 
 Result<std::vector<PhaseTime>> profile_gpu_step(runtime::Runner& runner,

@@ -35,7 +35,7 @@ void expand_batch(const ExpandBatch& args, cudaStream_t stream);
 
 // words[i] = the low half of *number above tokens[i], in mapped host memory: a word whose upper half is the number
 // holds the token, so that nothing has to be waited for between the two. One word, of token -1, when there are no
-// tokens. *end_ns is the GPU's clock before.
+// tokens. *end_ns is the GPU's clock before, to be read when the next step has ended: nothing waits until it is there.
 struct PublishTokens {
   int32_t count = 0;
   const int32_t* tokens = nullptr;

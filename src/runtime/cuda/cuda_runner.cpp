@@ -206,12 +206,16 @@ Result<CudaRunner::GraphExec> CudaRunner::capture(const std::function<Status()>&
 }
 
 Result<CudaRunner::StepTimes> CudaRunner::last_step_times() const {
-  if (!times_) return StepTimes{};
-  uint64_t both[2] = {};
-  TS_RETURN_IF_ERROR(cuda_check(
-      cudaMemcpyAsync(both, times_, sizeof(both), cudaMemcpyDeviceToHost, input_stream_.get()), "reading times"));
+  if (!times_ || !times_before_) return StepTimes{};
+  StepTimes times;
+  const auto fetch = [&](uint64_t* to, const uint64_t* from) {
+    return cuda_check(cudaMemcpyAsync(to, from, sizeof(*to), cudaMemcpyDeviceToHost, input_stream_.get()),
+                      "reading times");
+  };
+  TS_RETURN_IF_ERROR(fetch(&times.begin, times_));
+  TS_RETURN_IF_ERROR(fetch(&times.end_before, times_before_ + 1));
   TS_RETURN_IF_ERROR(cuda_check(cudaStreamSynchronize(input_stream_.get()), "reading times"));
-  return StepTimes{both[0], both[1]};
+  return times;
 }
 
 // Sends the logits of these of the wanted rows to their places in logits_; `first` is the first one of the group in the
@@ -236,6 +240,7 @@ Status CudaRunner::wait(std::vector<SequenceResult>* results) {
   if (in_flight_ == 0) sampled_.clear();
   if (!fault_.ok()) return fault_;
   times_ = step.times;
+  times_before_ = step_of(step.number - 1).times;
   TS_RETURN_IF_ERROR(note_fault(step.one_group ? wait_for_tokens(&step) : finish_groups(&step)));
   results->swap(step.results);
   return {};

@@ -83,12 +83,12 @@ class CudaRunner : public Runner {
   // that have run before. The sequences' caches are spoiled afterwards.
   Result<std::vector<LaunchTime>> time_kinds(std::span<const SequenceStep> sequences, int32_t rounds);
 
-  // When the GPU began the step that was waited for last and had its tokens, by its own clock in ns; both 0 before the
-  // first and after one of more rows than the head takes at once. Asks the GPU; no other step than the next may have
-  // been submitted since.
+  // When the GPU began the step that was waited for last, and had the tokens of the step before, by its own clock in
+  // ns; 0 where there is none and of a step of more rows than the head takes at once. Asks the GPU; no other step than
+  // the next may have been submitted since, and that one must not have ended.
   struct StepTimes {
     uint64_t begin = 0;
-    uint64_t end = 0;
+    uint64_t end_before = 0;
   };
   Result<StepTimes> last_step_times() const;
 
@@ -188,6 +188,7 @@ class CudaRunner : public Runner {
   std::vector<int32_t> wanted_rows_;
   std::vector<kernels::cuda::DecodeSampleRow> sample_rows_;  // of the wanted, when any draws on the device
   const uint64_t* times_ = nullptr;                          // of the step waited for last
+  const uint64_t* times_before_ = nullptr;                   // and of the one before
   Status fault_;
 };
 
