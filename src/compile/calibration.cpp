@@ -54,11 +54,11 @@ TokenRegime regime_of(int64_t tokens) {
 const Calibration kH200Calibration = {
     .rates = {{
         // fixed us, us per token, share of bandwidth, share of peak of: projection, mixer, attention, experts, elementwise
-        {{{us(0.00), us(0.314), 0.92, 1}, {us(0.09), us(0.026), 0.48, 1}, {us(1.39), us(0.038), 1, 1}, {us(1.74), us(0.075), 0.98, 1}, {us(4.36), us(0.436), 0.04, 1}}},  // few
-        {{{us(0.00), us(0), 0.32, 1}, {us(2.35), us(0), 0.81, 1}, {us(1.96), us(0), 0.5, 1}, {us(0.00), us(0), 0.83, 1}, {us(5.98), us(0.257), 0.06, 1}}},  // some
-        {{{us(4.68), us(0), 1, 0.4}, {us(8.48), us(0), 0.15, 1}, {us(7.10), us(0), 0.31, 0.6}, {us(105.13), us(0), 0.94, 0.29}, {us(2.20), us(0), 0.75, 1}}},  // many
+        {{{us(0.00), us(0.409), 1, 1}, {us(0.00), us(0), 0.48, 1}, {us(0.71), us(0.142), 1, 1}, {us(1.47), us(0.073), 0.99, 1}, {us(4.79), us(0.479), 0.04, 1}}},  // few
+        {{{us(0.10), us(0), 0.32, 1}, {us(2.45), us(0), 0.81, 1}, {us(2.05), us(0), 0.5, 1}, {us(0.10), us(0), 0.83, 1}, {us(8.36), us(0.223), 0.06, 1}}},  // some
+        {{{us(4.92), us(0), 1, 0.4}, {us(6.63), us(0), 0.15, 1}, {us(7.35), us(0), 0.31, 0.61}, {us(120.10), us(0), 1, 0.3}, {us(2.48), us(0), 0.76, 1}}},  // many
     }},
-    .step_seconds = {us(9), us(31), us(11)},
+    .step_seconds = {us(8), us(31), us(10)},
 };
 // clang-format on
 
