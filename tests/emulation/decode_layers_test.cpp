@@ -1,3 +1,6 @@
+#include <bit>
+#include <numeric>
+
 #include "emulation/decode_layers_check.h"
 
 namespace tokenspeed::kernels {
@@ -46,6 +49,48 @@ TEST(DecodeLayers, EqualLogits) {
   for (const int64_t levels : {1, 3}) {
     for (const int32_t rows : {1, 2}) {
       check_layer(&random, {{256, 2, 8, 100, 10, 128, true, true, true, levels}, 26, {rows}, {1}});
+    }
+  }
+}
+
+// One row's choice against a sort. levels: different logits, 0: as many as experts; so many equal ones as do not fit
+// among the candidates are chosen another way.
+template <int kKeys>
+void check_choice(Random* random, int experts, int top_k, int levels) {
+  constexpr unsigned kLaunch = 7;
+  std::vector<float> logits = random->floats(experts);
+  for (float& logit : logits) {
+    if (levels > 0) logit = static_cast<float>(random->below(levels) - levels / 2);
+  }
+  std::vector<uint2> words;
+  for (const float logit : logits) words.push_back({std::bit_cast<uint32_t>(logit), kLaunch});
+  std::vector<int> order(static_cast<size_t>(experts));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+
+  cuda::GateUpPhase phase = {};
+  phase.logits = words.data();
+  phase.experts = experts;
+  phase.top_k = top_k;
+  const emulation::Grid grid = {1, 32, sizeof(cuda::LayerRouting), kData};
+  const std::string failure = emulation::run(grid, [&] {
+    auto& routing = *reinterpret_cast<cuda::LayerRouting*>(cuda::dynamic_shared());
+    cuda::choose_row<kKeys>(phase, routing, kLaunch, 0, routing.ids, false);
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < top_k; ++i) {
+      EXPECT_EQ(routing.ids[i], order[static_cast<size_t>(i)]) << experts << " experts, " << levels << " levels";
+      EXPECT_EQ(cuda::float_of_ordered(routing.choice[0].chosen[i]), logits[order[static_cast<size_t>(i)]]);
+    }
+  });
+  EXPECT_TRUE(failure.empty()) << failure;
+}
+TEST(DecodeLayers, ChoiceAgainstASort) {
+  Random random(kData);
+  for (int round = 0; round < 20; ++round) {
+    for (const int levels : {0, 2, 8, 40}) {
+      check_choice<cuda::kLayerFewKeys>(&random, 256, 8, levels);
+      check_choice<cuda::kLayerFewKeys>(&random, 40, 16, levels);
+      check_choice<cuda::kLayerManyKeys>(&random, 512, 10, levels);
     }
   }
 }

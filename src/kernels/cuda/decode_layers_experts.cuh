@@ -9,7 +9,8 @@ inline constexpr int kUnitRows = kLayerTileRows / 2;  // rows of h per tile: 8 g
 
 // ---- the router's choice ----
 
-// A row's logits in the lanes of its warp, as keys in the order of floats: expert i * 32 + lane. 0: none, or NaN.
+// A row's logits in the lanes of its warp, as keys in the order of floats: expert i * 32 + lane. 0: none, or a NaN of
+// ones.
 template <int kKeys>
 struct RowKeys {
   uint32_t key[kKeys];

@@ -48,6 +48,7 @@ struct LayerProducer {
     first = at;
     to_spread = spreads ? program.slots : 0;
   }
+  // Before a copy of `chunks`.
   __device__ void take_turn(int chunks) {
     if (to_spread <= 0) return;
     while (static_cast<int>(cycle_count() - next_copy) < 0) {
