@@ -26,8 +26,8 @@ struct EntryRows {
 
 // Of one row's choice.
 struct RowChoice {
-  uint32_t greatest[kWarp / 2];  // of the logits of two lanes each, as keys
-  uint32_t keys[kWarp];          // of the candidates, in the order of their ids; zeros follow
+  alignas(16) uint32_t greatest[kWarp / 2];  // of the logits of two lanes each, as keys
+  alignas(16) uint32_t keys[kWarp];          // of the candidates, in the order of their ids; zeros follow
   int ids[kWarp];
   uint32_t chosen[kDecodeTopK];  // keys, in order
 };
@@ -42,7 +42,7 @@ struct LayerRouting {
   alignas(8) int8_t place[kRoutingPairsMax + 1][kDecodeTokens];  // of steps of several rows: of an entry, or -1
   EntryRows rows[kRoutingPairsMax + 1];                          // the same
   unsigned firsts[kDecodeTokens];  // of a row: bits of the choices that no row before has made
-  alignas(16) RowChoice choice[kDecodeTokens];
+  RowChoice choice[kDecodeTokens];
 };
 
 struct LayerShared {

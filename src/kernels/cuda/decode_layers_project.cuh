@@ -336,6 +336,14 @@ __device__ __forceinline__ void finish_projection(const ProjectPhase& p, LayerCo
   }
 }
 
+// Of the slot whose scales `lane` has, for stream_tiles().
+template <bool kFp8, bool kPaired>
+__device__ __forceinline__ float2 scale_of_slot(float2 scales, int lane) {
+  if constexpr (!kFp8) return {1.0f, 1.0f};
+  const float low = __shfl_sync(~0u, scales.x, lane);
+  return {low, kPaired ? __shfl_sync(~0u, scales.y, lane) : low};
+}
+
 // stream_tiles() of one row. Nothing but the end of the loop branches: where a warp's lanes may part, a tile costs a
 // hundred cycles more. So a warp without chunks multiplies what lies there, and stores zeros.
 template <bool kFp8, bool kPaired>
@@ -348,11 +356,7 @@ __device__ __forceinline__ void stream_row(LayerConsumer& c, int count, int turn
   int s = 0;
 #pragma unroll 1
   for (int i = 0; i < count * turns; ++i) {
-    float2 scale = {1.0f, 1.0f};
-    if constexpr (kFp8) {
-      scale.x = __shfl_sync(~0u, scales.x, first_lane + i);
-      scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i) : scale.x;
-    }
+    const float2 scale = scale_of_slot<kFp8, kPaired>(scales, first_lane + i);
     operand.template load<1>(c.staged + s * kStagedTurn<kFp8, 1>, 0, lane, 1);
     int slot;
     const uint32_t chunk = c.wait(&slot);
@@ -398,11 +402,7 @@ __device__ __forceinline__ void stream_turns(LayerConsumer& c, int count, float2
     float acc[4] = {};
 #pragma unroll
     for (int s = 0; s < kTurns; ++s) {
-      float2 scale = {1.0f, 1.0f};
-      if constexpr (kFp8) {
-        scale.x = __shfl_sync(~0u, scales.x, first_lane + i * kTurns + s);
-        scale.y = kPaired ? __shfl_sync(~0u, scales.y, first_lane + i * kTurns + s) : scale.x;
-      }
+      const float2 scale = scale_of_slot<kFp8, kPaired>(scales, first_lane + i * kTurns + s);
       if constexpr (kTurns > 1) operand.template load<kRows>(c.staged + s * kStagedTurn<kFp8, kRows>, 0, lane, c.rows);
       int slot;
       const uint32_t chunk = c.wait(&slot);
