@@ -267,6 +267,32 @@ static_assert(sizeof(LayerShared) <= kLayerSharedReserve, "the writer leaves so 
 inline constexpr int kConsumerRegisters = 112;
 inline constexpr int kProducerRegisters = 32;
 
+// Phases and sequences to shared memory. All loads are on their way before the first is needed: a launch behind an
+// attention has blocks whose multiprocessors become free last, and all others wait for what they do.
+__device__ __forceinline__ void copy_program(const LayerProgram& program, LayerShared& shared) {
+  static_assert(kLayerMaxPhases * sizeof(LayerPhase) / sizeof(uint4) <= kLayerConsumers, "a vector for each thread");
+  static_assert(kLayerMaxMaps <= kLayerConsumers, "and a map");
+  const int thread = threadIdx.x;
+  const SequenceBatch& batch = program.batch;
+  const bool has_batch = batch.token_begin != nullptr;
+  int begin = 0, in = 0, out = 0;
+  if (has_batch && thread <= batch.sequences) begin = batch.token_begin[thread];
+  if (has_batch && thread < batch.sequences) {
+    in = batch.state_in[thread];
+    out = batch.state_out[thread];
+  }
+  const bool has_vector = thread < program.phase_count * static_cast<int>(sizeof(LayerPhase) / sizeof(uint4));
+  uint4 vector = {};
+  if (has_vector) vector = static_cast<const uint4*>(as_memory(program.phases))[thread];
+  if (thread < program.map_count) prefetch_map(program.maps[thread]);
+  if (has_vector) reinterpret_cast<uint4*>(shared.phases)[thread] = vector;
+  if (has_batch && thread <= batch.sequences) shared.token_begin[thread] = begin;
+  if (has_batch && thread < batch.sequences) {
+    shared.state_in[thread] = in;
+    shared.state_out[thread] = out;
+  }
+}
+
 // A block of layer_threads(kRows). kKeys: experts of a lane in the router's choice.
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void run_layers(const LayerProgram& program) {
@@ -275,7 +301,8 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
   uint8_t* const staged = memory + program.slots * kLayerSlotBytes;
   uint8_t* const partial = staged + program.staged_bytes;
   LayerShared& shared = *reinterpret_cast<LayerShared*>(partial + layer_buffers(kRows) * program.partial_bytes);
-  if (thread == 0) {
+  // A thread that has no part in what is copied.
+  if (thread == kLayerConsumers) {
     for (int i = 0; i < program.slots; ++i) {
       barrier_init(shared_address(&shared.full[i]), 1);
       barrier_init(shared_address(&shared.empty[i]), kLayerWarps * kWarpArrivals);
@@ -286,18 +313,7 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
     shared.phase = -1;
     publish_barriers();
   }
-  const int words = program.phase_count * static_cast<int>(sizeof(LayerPhase) / 4);
-  for (int i = thread; i < words; i += layer_threads(kRows)) {
-    reinterpret_cast<uint32_t*>(shared.phases)[i] = reinterpret_cast<const uint32_t*>(program.phases)[i];
-  }
-  for (int i = thread; i < program.map_count; i += layer_threads(kRows)) prefetch_map(program.maps[i]);
-  if (program.batch.token_begin != nullptr) {
-    if (thread <= program.batch.sequences) shared.token_begin[thread] = program.batch.token_begin[thread];
-    if (thread < program.batch.sequences) {
-      shared.state_in[thread] = program.batch.state_in[thread];
-      shared.state_out[thread] = program.batch.state_out[thread];
-    }
-  }
+  copy_program(program, shared);
   __syncthreads();
   const int warp = __shfl_sync(~0u, thread / kWarp, 0);  // so that the compiler knows that it is the warp's
   if (kRows > 1 && warp >= kLayerWarps) give_registers<kProducerRegisters>();

@@ -147,7 +147,8 @@ struct RouterPhase {
   const __nv_bfloat16* weight;  // [experts][k]
   const __nv_bfloat16* gate;    // [k], null: none
   int experts;
-  uint2* logits;  // [t][experts + 1] float32
+  int block_rows;  // of the first blocks
+  uint2* logits;   // [t][experts + 1] float32
 };
 
 struct LayerExperts {

@@ -523,6 +523,15 @@ __device__ __forceinline__ void consume_project(const ProjectPhase& p, LayerCons
 
 // ---- router ----
 
+// The router's rows of a block, neighbouring ones: the last blocks, which may come late to a launch, have none.
+struct RouterRows {
+  int first;
+  int count;
+  __device__ explicit RouterRows(const RouterPhase& p)
+      : first(static_cast<int>(blockIdx.x) * p.block_rows),
+        count(min(p.block_rows, p.experts + (p.gate != nullptr) - first)) {}
+};
+
 // The rows' weights of this lane's columns: those of all turns, or of one.
 template <bool kFp8, int kRows, int kPass>
 struct RouterWeights {
@@ -530,12 +539,11 @@ struct RouterWeights {
   LanePairs<kFp8> v[kPass][kTurns] = {};
 
   // first_row: of the block. turn: the first.
-  __device__ void fetch(const RouterPhase& p, int warp, int first_row, int turn) {
-    const int outputs = p.experts + (p.gate != nullptr);
+  __device__ void fetch(const RouterPhase& p, const RouterRows& rows, int warp, int first_row, int turn) {
 #pragma unroll
     for (int r = 0; r < kPass; ++r) {
-      const int output = blockIdx.x + (first_row + r) * gridDim.x;
-      if (output >= outputs) break;
+      if (first_row + r >= rows.count) break;
+      const int output = rows.first + first_row + r;
       const bf16* const row = output < p.experts ? p.weight + static_cast<int64_t>(output) * p.k : p.gate;
 #pragma unroll
       for (int s = 0; s < kTurns; ++s) {
@@ -548,32 +556,31 @@ struct RouterWeights {
   }
 };
 
-// logits of rows blockIdx + i * gridDim: plain products, as a block has no more than a few rows. The row is staged for
-// gate and up as well.
+// logits of a block's rows: plain products, as there are no more than a few. The row is staged for gate and up as well.
 template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsumer& c) {
   constexpr int kBlockRows = layer_router_rows(kKeys);
   constexpr int kPass = kRows == 1 ? kBlockRows : 2;  // rows of the router at a time
   const bool active = c.warp < p.warps;
-  const int outputs = p.experts + (p.gate != nullptr);
+  const RouterRows rows(p);
   uint2* to = nullptr;  // this thread's logit
   if (threadIdx.x < kBlockRows * kRows) {
     const int t = threadIdx.x % kRows;
-    const int output = blockIdx.x + threadIdx.x / kRows * gridDim.x;
-    if (t < c.rows && output < outputs) to = p.logits + t * (p.experts + 1) + output;
+    const int row = threadIdx.x / kRows;
+    if (t < c.rows && row < rows.count) to = p.logits + t * (p.experts + 1) + rows.first + row;
   }
   float* const parts = c.buffer<kRows>();  // of elements: row of the block, row of the step
   c.begin_batch<kRows>();
 #pragma unroll 1
   for (int first_row = 0; first_row < kBlockRows; first_row += kPass) {
-    if (first_row > 0 && blockIdx.x + first_row * gridDim.x >= outputs) break;
+    if (first_row > 0 && first_row >= rows.count) break;
     RouterWeights<kFp8, kRows, kPass> weights;
     RowSquares<kRows> squares;
     float dots[kPass * kRows] = {};
     if (active) {
       const LayerInput in = {p.words, p.rows, p.row_stride, p.k, p.turns, nullptr, p.epsilon};
       stage_input<kFp8, kRows, false>(
-          in, p.norm_weight, c, squares, [&](int turn) { weights.fetch(p, c.warp, first_row, turn); },
+          in, p.norm_weight, c, squares, [&](int turn) { weights.fetch(p, rows, c.warp, first_row, turn); },
           [&](int s, int t, const float(&y)[kLaneValues<kFp8>]) {
 #pragma unroll
             for (int r = 0; r < kPass; ++r) {
