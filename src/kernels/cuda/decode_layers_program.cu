@@ -326,7 +326,7 @@ size_t LayerProgramWriter::take_experts(std::span<const DecodePhase> ops) {
   r.weight = static_cast<const __nv_bfloat16*>(router->segments[0].weight.data);
   r.gate = has_gate ? static_cast<const __nv_bfloat16*>(router->segments[1].weight.data) : nullptr;
   r.experts = static_cast<int>(routed.experts);
-  r.block_rows = (r.experts + 1 + blocks_ - 1) / blocks_;
+  r.block_rows = r.experts / blocks_ + 1;  // all and the gate
   r.logits = words(routed.experts + 1);
 
   GateUpPhase g = {};

@@ -147,7 +147,7 @@ struct RouterPhase {
   const __nv_bfloat16* weight;  // [experts][k]
   const __nv_bfloat16* gate;    // [k], null: none
   int experts;
-  int block_rows;  // of the first blocks
+  int block_rows;  // of weight and gate that a block takes, as long as there are any
   uint2* logits;   // [t][experts + 1] float32
 };
 
