@@ -143,33 +143,6 @@ __device__ inline void stage(const LinearParameters& p, int begin, int end, uint
 __device__ inline void meet_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kConsumerThreads == 256, "the number in meet_consumers()");
 
-// kCount floats (2, 4 or 8) to another block's shared memory, whose barrier counts the bytes.
-template <int kCount>
-__device__ inline void send(uint32_t to, const float (&v)[kCount], uint32_t barrier) {
-  if constexpr (kCount == 2) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-                 "f"(v[0]), "f"(v[1]), "r"(barrier)
-                 : "memory");
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       to + i * 4),
-                   "f"(v[i]), "f"(v[i + 1]), "f"(v[i + 2]), "f"(v[i + 3]), "r"(barrier)
-                   : "memory");
-    }
-  }
-}
-
-__device__ inline void wait_for_sums(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
 // Sums of a tile as they are received: [weight row][the step's rows], the latter in the order in which threads hold
 // them.
 template <int kHalfRows>
@@ -237,7 +210,7 @@ __device__ inline void multiply(const LinearParameters& p, const Share& share, i
   // t + 2 after it has got everybody's of t + 1, and those were sent after the ones of t had been read.
   const auto finish = [&](int finished, int tile) {
     const uint32_t barrier = shared_address(&control.sums[finished % 2]);
-    wait_for_sums(barrier, finished / 2 % 2);
+    wait_for_sent(barrier, finished / 2 % 2);
     if (thread == 0) barrier_arrive_expecting(barrier, kTileSums);
     store_rows<kFp8, kHalfRows>(p, tile, rank, received + finished % 2 * kReceivedFloats<kHalfRows>);
   };

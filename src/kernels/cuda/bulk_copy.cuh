@@ -33,6 +33,12 @@ __device__ inline void warp_arrive(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % kWarp < kWarpArrivals) barrier_arrive(barrier);
 }
+// The same where copies may then overwrite what the warp has read or written. They belong to another proxy, which the
+// arrival alone does not order behind accesses that have been issued: seen as loads that got what came later.
+__device__ inline void warp_release(uint32_t barrier) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  warp_arrive(barrier);
+}
 // Arrives and adds `bytes` that copies will bring before the phase completes.
 __device__ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -64,6 +70,34 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t b
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
                "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+// kCount floats (2, or a multiple of 4) to the shared memory of a block of the cluster, whose barrier counts the bytes.
+template <int kCount>
+__device__ inline void send(uint32_t to, const float (&v)[kCount], uint32_t barrier) {
+  static_assert(kCount == 2 || kCount % 4 == 0, "what an instruction stores");
+  if constexpr (kCount == 2) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(v[0]), "f"(v[1]), "r"(barrier)
+                 : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                       to + i * 4),
+                   "f"(v[i]), "f"(v[i + 1]), "f"(v[i + 2]), "f"(v[i + 3]), "r"(barrier)
+                   : "memory");
+    }
+  }
+}
+// barrier_wait() for what blocks of the cluster send.
+__device__ inline void wait_for_sent(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // The tile whose first element is (row, column) of the mapped matrix, to shared memory aligned to its swizzle's 1024

@@ -48,10 +48,10 @@ struct LayerRouting {
 struct LayerShared {
   alignas(8) uint64_t full[kLayerMaxSlots];
   uint64_t empty[kLayerMaxSlots];
-  uint64_t routed;    // the experts are chosen
-  uint64_t weighted;  // and their weights are known
-  uint64_t added;     // the part sums in the only buffer
-  int phase;          // that the first consumer has begun
+  uint64_t router_begun;  // by the block, in steps of one row: what the choice before left is used up
+  uint64_t routed;        // the experts are chosen
+  uint64_t weighted;      // and their weights are known
+  uint64_t added;         // the part sums in the only buffer
   int token_begin[kDecodeTokens + 1];
   int state_in[kDecodeTokens];
   int state_out[kDecodeTokens];
@@ -131,7 +131,7 @@ struct LayerConsumer {
     at.advance(slots);
     return chunk;
   }
-  __device__ void release(int slot) const { warp_arrive(full + (kLayerMaxSlots + slot) * 8); }
+  __device__ void release(int slot) const { warp_release(full + (kLayerMaxSlots + slot) * 8); }
 };
 
 // ---- words ----

@@ -283,20 +283,19 @@ __device__ __forceinline__ void finish_units(const GateUpPhase& p, LayerConsumer
 // most of its time would go into fetching them: the warp goes through them once before the logits are there.
 template <int kKeys>
 __device__ __forceinline__ void route_row(const GateUpPhase& p, LayerShared& shared, unsigned launch) {
-  const bool arrives = threadIdx.x % kWarp == 0;
   const int first = p.shared.width > 0;
-  if (arrives) shared.routing.entries = first + p.top_k;
+  if (threadIdx.x % kWarp == 0) shared.routing.entries = first + p.top_k;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     const bool rehearse = pass == 0;
     // Entry 0 is the shared expert, if there is one; then come the row's choices in order. An entry is its place as
     // well.
     choose_row<kKeys>(p, shared.routing, launch, 0, shared.routing.expert + first, rehearse);
-    if (!rehearse && arrives) barrier_arrive(shared_address(&shared.routed));
+    if (!rehearse) warp_arrive(shared_address(&shared.routed));
     weigh_row(p, shared.routing, launch, 0, rehearse);
     __syncwarp();
   }
-  if (arrives) barrier_arrive(shared_address(&shared.weighted));
+  warp_arrive(shared_address(&shared.weighted));
 }
 
 // Several rows', by the first kRows computing warps; they have no time to rehearse.

@@ -195,13 +195,14 @@ template <int kKeys>
 __device__ __forceinline__ void choose(const LayerProgram& program, LayerShared& shared) {
   wait_for_predecessor();
   const unsigned launch = launch_number(program);
+  uint32_t parity = 0;
 #pragma unroll 1
   for (int i = 0; i < program.phase_count; ++i) {
     const LayerPhase& phase = shared.phases[i];
     if (phase.kind != LayerPhaseKind::kGateUp) continue;
-    // Until the block works on the router's projection, the phase before; the choice before is used up by then.
-    while (*reinterpret_cast<volatile int*>(&shared.phase) < i - 1) __nanosleep(100);
+    barrier_wait(shared_address(&shared.router_begun), parity);
     route_row<kKeys>(phase.gate_up, shared, launch);
+    parity ^= 1;
   }
 }
 
@@ -228,10 +229,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
 #pragma unroll 1
   for (int i = 0; i < program.phase_count; ++i) {
     const LayerPhase& phase = c.shared.phases[i];
-    if (threadIdx.x == 0) {
-      *reinterpret_cast<volatile int*>(&c.shared.phase) = i;
-      tell_progress(program, LayerProgress::kBegun, i);
-    }
+    if (threadIdx.x == 0) tell_progress(program, LayerProgress::kBegun, i);
     c.mark(0);
     if (phase.is(LayerPhaseKind::kProject)) {
       consume_project<kFp8, kRows>(phase.project, c);
@@ -307,10 +305,10 @@ __device__ __forceinline__ void run_layers(const LayerProgram& program) {
       barrier_init(shared_address(&shared.full[i]), 1);
       barrier_init(shared_address(&shared.empty[i]), kLayerWarps * kWarpArrivals);
     }
-    barrier_init(shared_address(&shared.routed), 1);
-    barrier_init(shared_address(&shared.weighted), 1);
+    barrier_init(shared_address(&shared.router_begun), 1);
+    barrier_init(shared_address(&shared.routed), kRows == 1 ? kWarpArrivals : 1);
+    barrier_init(shared_address(&shared.weighted), kWarpArrivals);
     barrier_init(shared_address(&shared.added), kLayerWarps * kWarpArrivals);
-    shared.phase = -1;
     publish_barriers();
   }
   copy_program(program, shared);

@@ -561,6 +561,7 @@ template <bool kFp8, int kRows, int kKeys>
 __device__ __forceinline__ void consume_router(const RouterPhase& p, LayerConsumer& c) {
   constexpr int kBlockRows = layer_router_rows(kKeys);
   constexpr int kPass = kRows == 1 ? kBlockRows : 2;  // rows of the router at a time
+  if (kRows == 1 && threadIdx.x == 0) barrier_arrive(shared_address(&c.shared.router_begun));
   const bool active = c.warp < p.warps;
   const RouterRows rows(p);
   uint2* to = nullptr;  // this thread's logit

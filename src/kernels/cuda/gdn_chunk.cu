@@ -218,7 +218,7 @@ __device__ inline void walk_state(const GatedDeltaRule& args, WalkShared& shared
         multiply_add(state[2 * n + 1], a, b[2], b[3]);
       }
     }
-    warp_arrive(shared_address(&shared.empty[c % kStages]));
+    warp_release(shared_address(&shared.empty[c % kStages]));
   }
   const int slot = args.batch.state_out[sequence];
 #pragma unroll
@@ -263,7 +263,7 @@ __device__ inline void write_output(const GatedDeltaRule& args, WalkShared& shar
     for (int i = 0; i < kTiles * 4; ++i) d[i / 4][i % 4] = passed[kSteps * 4 + i][lane];
     multiply_lower(o, d, shared_address(stage.matrices.attend));
     warp_arrive(shared_address(&shared.taken[warp][c % 2]));
-    warp_arrive(shared_address(&shared.empty[c % kStages]));
+    warp_release(shared_address(&shared.empty[c % kStages]));
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n) {
       const int token = c * kChunk + n * 8 + lane / 4;

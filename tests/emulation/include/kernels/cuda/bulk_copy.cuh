@@ -21,6 +21,9 @@ inline void warp_arrive(uint32_t barrier, emulation::Place place = emulation::Pl
   __syncwarp(~0u, place);
   if (threadIdx.x % kWarp < kWarpArrivals) emulation::barrier_arrive(barrier, 0, place);
 }
+inline void warp_release(uint32_t barrier, emulation::Place place = emulation::Place::current()) {
+  warp_arrive(barrier, place);
+}
 inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes,
                                      emulation::Place place = emulation::Place::current()) {
   emulation::barrier_arrive(barrier, bytes, place);
