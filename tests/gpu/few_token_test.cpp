@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 
 #include "gpu/device_data.h"
 #include "gpu/few_token_data.h"
@@ -447,7 +448,7 @@ TEST(FewTokenAttention, ReferenceAndRowInvariance) {
         if (contexts[0] > 4000 && kv_heads > 1) continue;  // the reference takes its time
         SCOPED_TRACE(testing::Message() << "heads " << query_heads << " " << kv_heads << " context " << contexts[0]
                                         << " length " << lengths[0] << " fp8 " << fp8);
-        const int32_t page_size = random.below(2) ? 16 : 64;
+        const int32_t page_size = std::array{16, 24, 64}[random.below(3)];
         Batch batch(&random, lengths, contexts, page_size);
         const int64_t tokens = batch.tokens();
         AttentionShape shape;
@@ -560,6 +561,20 @@ TEST(FewTokenAttention, ReferenceAndRowInvariance) {
       }
     }
   }
+}
+
+TEST(FewTokenAttention, RefusesPositionsWhosePageItCannotTell) {
+  cuda::DecodeAttention args;
+  args.shape.query_heads = args.shape.kv_heads = 1;
+  args.batch.sequences = args.batch.tokens = 1;
+  args.pages.page_size = 64;
+  args.max_context = (1 << 20) + 1;
+  EXPECT_EQ(
+      cuda::decode_attention(args, {}).to_string(),
+      "invalid_argument: decode_attention: contexts of at most 1048576 tokens in pages of at most 4096 are taken");
+  args.max_context = 100;
+  args.pages.page_size = 5000;
+  EXPECT_FALSE(cuda::decode_attention(args, {}).ok());
 }
 
 TEST(FewTokenArgmax, TiesAndBadValues) {

@@ -27,10 +27,23 @@ __device__ __forceinline__ void allow_successor() {
 #endif
 }
 
+// The address of a part of a kernel's parameter, which the compiler does not know to be one: what the threads of a warp
+// load from different places of a parameter is loaded one after the other.
+__device__ __forceinline__ const void* as_memory(const void* parameter) {
+  asm volatile("" : "+l"(parameter));
+  return parameter;
+}
+
 // All threads of a cluster's blocks; what they wrote before arriving is seen after the wait.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// The same where nothing that was written is meant.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {

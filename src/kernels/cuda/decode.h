@@ -127,7 +127,8 @@ Status decode_gdn(const GdnMixer& args, const Launch& launch);
 // rows have segments of two sizes, each of the two kinds of rows has its own.
 // Every sequence has at least one token; at most kDecodeTokens tokens, or any number of sequences of one token each.
 // max_context: no sequence may have context + new tokens above it; it sets the number of blocks launched, so one
-// captured graph serves all contexts up to it. KV pages bfloat16 or float8_e4m3 (unscaled). Bytes: per sequence,
+// captured graph serves all contexts up to it; at most 2^20, and pages of at most 4,096 positions. KV pages bfloat16 or
+// float8_e4m3 (unscaled). Bytes: per sequence,
 // context * kv_heads * head_dim * 2 * element size.
 struct DecodeAttention {
   AttentionShape shape;  // head_dim 256; query_heads / kv_heads <= 16

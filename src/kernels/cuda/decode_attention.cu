@@ -4,13 +4,20 @@
 // first the segments of the rows before it, then those of the rows behind it. It streams the segment's keys and values
 // through a ring of slots, the first of them before its predecessor has ended; forms the normed and turned queries of
 // its group from the projections, puts the step's own keys and values where they fall into its range (and into the
-// pages), and computes S = Q K^T, P = 2^(S - m), O = sum P V on the tensor cores with a running maximum. Is the
-// sequence longer than a segment, then O, m and l go to the workspace, and the blocks that come last add them
-// (decode_attention_merge.cuh). They wait for the others, so there are fewer of them than multiprocessors: always one
-// has room for those to come.
+// pages), and computes S = Q K^T, P = 2^(S - m), O = sum P V on the tensor cores with a running maximum.
+//
+// Is the sequence longer than a segment, then the segments' O, m and l are added (decode_attention_merge.cuh). Of up to
+// eight rows and eight segments the blocks are a cluster and send them to its first two. Otherwise they go to the
+// workspace, and the blocks that come last add them: those wait for the others, so there are fewer of them than
+// multiprocessors, and always one has room for the blocks to come.
+//
+// A launch's instructions are not at hand, as its block's multiprocessor ran another kernel before: each costs four
+// cycles or more the first time, so what counts for short contexts is how many there are on a block's way.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string>
+#include <type_traits>
 
 #include "kernels/cuda/decode_attention_merge.cuh"
 
@@ -19,6 +26,10 @@ namespace {
 
 using namespace decode_attention_parts;
 
+// page_of() multiplies by 2^32 / page_size rounded up, which is exact as long as their product is no more than 2^32.
+constexpr int64_t kMostPageSize = 4096;
+constexpr int64_t kMostContext = 1 << 20;
+static_assert(kMostPageSize * kMostContext <= int64_t{1} << 32);
 constexpr int64_t kMostGroups = 1024;  // sequences times KV heads
 constexpr int kKinds = 2;              // of rows in a step, by the size of their segments
 constexpr int64_t kCounterBytes = kMostGroups * kKinds * 2 * sizeof(int32_t);
@@ -44,6 +55,8 @@ struct Work {
   }
 };
 
+// kOneKind: no row lies behind a limit of segment sizes.
+template <bool kOneKind>
 __device__ inline Work find_work(const SequenceBatch& batch) {
   Work work;
   work.sequence = blockIdx.z;
@@ -53,8 +66,8 @@ __device__ inline Work find_work(const SequenceBatch& batch) {
   work.context = batch.context[work.sequence];
   work.first_row_token = 0;
   work.row_tokens = work.tokens;
-  work.segment = decode_key_segment(work.context);
-  work.kinds = decode_key_segment(work.context + work.tokens - 1) == work.segment ? 1 : kKinds;
+  work.segment = decode_key_segment(kOneKind ? 0 : work.context);
+  work.kinds = kOneKind || decode_key_segment(work.context + work.tokens - 1) == work.segment ? 1 : kKinds;
   work.kind = 0;
   int index = blockIdx.x;
   if (work.kinds > 1) {
@@ -137,13 +150,29 @@ struct OwnToken {
       *reinterpret_cast<uint4*>(slot + slot_offset<false, kIsKey>(row, lane)) = from;
     }
   }
+  // To the pages, where its row is the block's.
+  template <typename Shared>
+  __device__ void write(const AttentionParameters& p, const Shared& s, const Work& work) const {
+    using Vector = std::conditional_t<Shared::kIsFp8, uint2, uint4>;
+    const int warp = threadIdx.x / kWarp;
+    if (local < 0 || warp < work.first_row_token || warp >= work.first_row_token + work.row_tokens) return;
+    const int64_t at = static_cast<int64_t>(s.offset[local]) * (16 / sizeof(Vector)) + threadIdx.x % kWarp;
+    if constexpr (Shared::kIsFp8) {
+      static_cast<uint2*>(p.pages.keys)[at] = {key.x, key.y};
+      static_cast<uint2*>(p.pages.values)[at] = {value.x, value.y};
+    } else {
+      static_cast<uint4*>(p.pages.keys)[at] = key;
+      static_cast<uint4*>(p.pages.values)[at] = value;
+    }
+  }
 };
 
 // Where a position's key or value of the block's KV head lies in its pages, in 16 bytes.
 template <typename Shared>
 __device__ inline uint32_t page_offset(const AttentionParameters& p, const Work& work, int position) {
-  const int32_t page = p.batch.page_table[work.sequence * p.batch.page_table_stride + position / p.pages.page_size];
-  const auto row = static_cast<uint32_t>(page * p.pages.page_size + position % p.pages.page_size);
+  const int index = p.page_of(position);
+  const int32_t page = p.batch.page_table[work.sequence * p.batch.page_table_stride + index];
+  const auto row = static_cast<uint32_t>(page * p.pages.page_size + position - index * p.pages.page_size);
   return (row * static_cast<uint32_t>(p.pages.heads) + static_cast<uint32_t>(work.kv_head)) * (Shared::kRowBytes / 16);
 }
 
@@ -155,19 +184,37 @@ __device__ inline void load_weights(const float* from, float (&weight)[8]) {
   for (int i = 0; i < 8; ++i) weight[i] = values[i];
 }
 
+// The angles of the sequence's tokens; frequency: the lane's.
+template <typename Shared>
+__device__ inline void turn_tokens(Shared& s, const Work& work, float frequency) {
+  static_assert(kRotaryPairs == kWarp);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < work.tokens * kRotaryPairs; i += kThreads) {
+    float sine, cosine;
+    sincosf(static_cast<float>(work.context + i / kRotaryPairs) * frequency, &sine, &cosine);
+    s.turns[i / kRotaryPairs][i % kRotaryPairs] = {round_bf16(cosine), round_bf16(sine)};
+  }
+}
+
 // Rows of queries whose norms, and whose maxima, are computed side by side by a warp.
 template <int kTiles>
 constexpr int kRowsAtOnce = kTiles < 8 ? kTiles : 8;
+
+template <typename Shared>
+__device__ inline void store_query(Shared& s, int row, uint4 query) {
+  if constexpr (Shared::kIsFp8) {
+    query = {half_from_bf16(query.x), half_from_bf16(query.y), half_from_bf16(query.z), half_from_bf16(query.w)};
+  }
+  *reinterpret_cast<uint4*>(s.query + swizzled<kQueryBytes>(row, threadIdx.x % kWarp)) = query;
+}
 
 // Queries to shared memory: row `warp` of each eight, of an unfilled eight the last row again.
 template <typename Shared>
 __device__ inline void stage_queries(const AttentionParameters& p, Shared& s, const Work& work,
                                      const uint4 (&raw)[Shared::kRowTiles], const float (&weight)[8]) {
-  constexpr bool kFp8 = Shared::kIsFp8;
   constexpr int kTiles = Shared::kRowTiles;
   constexpr int kAtOnce = kRowsAtOnce<kTiles>;
   const int warp = threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
   const int last = work.row_tokens * p.group - 1;
 #pragma unroll
   for (int first = 0; first < kTiles; first += kAtOnce) {
@@ -181,31 +228,51 @@ __device__ inline void stage_queries(const AttentionParameters& p, Shared& s, co
     norm_and_turn<kAtOnce>(query, weight, p.epsilon, turn);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if constexpr (kFp8) {
-        query[i] = {half_from_bf16(query[i].x), half_from_bf16(query[i].y), half_from_bf16(query[i].z),
-                    half_from_bf16(query[i].w)};
-      }
-      *reinterpret_cast<uint4*>(s.query + swizzled<kQueryBytes>(warp + (first + i) * kWarps, lane)) = query[i];
+      store_query(s, warp + (first + i) * kWarps, query[i]);
     }
   }
 }
 
-// Queries to shared memory; the step's own keys and values to the pages, those of the block's rows.
+// The same of one eight, and then the warp's key if it has one: once more through the same instructions, which are
+// there by then.
+template <typename Shared>
+__device__ inline void stage_heads(const AttentionParameters& p, Shared& s, const Work& work, const uint4& query,
+                                   const float (&query_norm)[8], uint4* key, const float (&key_norm)[8], bool has_key) {
+  const int warp = threadIdx.x / kWarp;
+  const int row = min(warp, work.row_tokens * p.group - 1);
+  const float2* turn[1] = {s.turns[work.first_row_token + p.token_of(row)]};
+  uint4 head[1] = {query};
+  float weight[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) weight[i] = query_norm[i];
+#pragma unroll 1
+  for (bool is_key = false;; is_key = true) {
+    norm_and_turn<1>(head, weight, p.epsilon, turn);
+    if (is_key) break;
+    store_query(s, warp, head[0]);
+    if (!has_key) break;
+    head[0] = *key;
+    turn[0] = s.turns[warp];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) weight[i] = key_norm[i];
+  }
+  *key = head[0];
+}
+
+// Queries to shared memory; the warp's own key and value as the pages will hold them.
 template <typename Shared>
 __device__ inline OwnToken stage(const AttentionParameters& p, Shared& s, const Work& work,
                                  const float (&query_norm)[8], const float (&key_norm)[8]) {
-  constexpr bool kFp8 = Shared::kIsFp8;
   constexpr int kTiles = Shared::kRowTiles;
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   OwnToken own;
-  uint4 raw_key[1] = {};
   const int local = work.context + warp - work.first;
   if (warp < work.tokens && local >= 0 && local < work.segment) {
     own.local = local;
     const int64_t token = work.token_begin + warp;
     const int column = work.kv_head * kHeadDim + lane * 8;
-    raw_key[0] = *reinterpret_cast<const uint4*>(p.key + token * p.key_stride + column);
+    own.key = *reinterpret_cast<const uint4*>(p.key + token * p.key_stride + column);
     own.value = *reinterpret_cast<const uint4*>(p.value + token * p.value_stride + column);
   }
   const MergeRows rows = work.rows(p.group);
@@ -215,26 +282,21 @@ __device__ inline OwnToken stage(const AttentionParameters& p, Shared& s, const 
     const int row = min(warp + i * kWarps, rows.count - 1);
     raw[i] = *(reinterpret_cast<const uint4*>(queries_of(p, rows.token(p, row), rows.head(p, row))) + lane);
   }
-  stage_queries(p, s, work, raw, query_norm);
-  if (own.local < 0) return own;
-  const float2* const turn[1] = {s.turns[warp]};
-  norm_and_turn<1>(raw_key, key_norm, p.epsilon, turn);
-  own.key = raw_key[0];
-  if constexpr (kFp8) {
+  if constexpr (kTiles == 1) {
+    stage_heads(p, s, work, raw[0], query_norm, &own.key, key_norm, own.local >= 0);
+  } else {
+    stage_queries(p, s, work, raw, query_norm);
+    if (own.local < 0) return own;
+    uint4 key[1] = {own.key};
+    const float2* const turn[1] = {s.turns[warp]};
+    norm_and_turn<1>(key, key_norm, p.epsilon, turn);
+    own.key = key[0];
+  }
+  if constexpr (Shared::kIsFp8) {
     const uint2 key = fp8_from_bf16(own.key);
     const uint2 value = fp8_from_bf16(own.value);
     own.key = {key.x, key.y, 0, 0};
     own.value = {value.x, value.y, 0, 0};
-  }
-  if (warp < work.first_row_token || warp >= work.first_row_token + work.row_tokens) return own;
-  const int64_t at =
-      static_cast<int64_t>(page_offset<Shared>(p, work, work.context + warp)) * (kFp8 ? 16 : 8) + lane * 8;
-  if constexpr (kFp8) {
-    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.keys) + at) = {own.key.x, own.key.y};
-    *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.pages.values) + at) = {own.value.x, own.value.y};
-  } else {
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(p.pages.keys) + at) = own.key;
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(p.pages.values) + at) = own.value;
   }
   return own;
 }
@@ -502,40 +564,88 @@ __device__ inline void merge_when_complete(const AttentionParameters& p, Shared&
   if (threadIdx.x == 0 && atomicAdd(counters + 1, 1) == mergers - 1) counters[0] = counters[1] = 0;
 }
 
-template <bool kFp8, int kTiles, bool kDeep>
+// Sends this block's results of the rows to the blocks of the cluster that add them, each of which has a share of the
+// rows: columns of sums become rows as in write_rows().
+template <typename Shared>
+__device__ inline void send_rows(Shared& s, const float (&o)[2][4], int segment, int rows) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  TurnedTile& turned = reinterpret_cast<TurnedTile*>(s.ring)[warp];
+  store_turned<Shared::kIsFp8>(turned, o);
+  __syncwarp();
+  const int row = lane / 4;
+  if (row >= rows) return;
+  const uint32_t rank = row / kReceivedRows;
+  const int place = row % kReceivedRows;
+  const uint32_t full = on_rank(shared_address(&s.received.full), rank);
+  const int dim = lane % 4 * 8;
+  const uint32_t to = on_rank(shared_address(&s.received.o[segment][place][warp * 32 + dim]), rank);
+  const float4* const from = reinterpret_cast<const float4*>(&turned[row][dim]);
+  const float4 low = from[0], high = from[1];
+  send<8>(to, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, full);
+  if (warp == 0 && dim == 0) {
+    const float2 ml = s.greatest_sum[row];
+    send<2>(on_rank(shared_address(&s.received.greatest_sum[segment][place]), rank), {ml.x, ml.y}, full);
+  }
+}
+
+// Adds the segments of a sequence and KV head, whose blocks are a cluster, in its first blocks' shared memory: a thread
+// has four dims of a row.
+template <typename Shared>
+__device__ inline void merge_together(const AttentionParameters& p, Shared& s, const float (&o)[2][4], const Work& work,
+                                      const OwnToken& own) {
+  static_assert(kReceivedRows * kRowColumns == kThreads);
+  const MergeRows rows = work.rows(p.group);
+  cluster_wait();  // every block's barrier is there
+  send_rows(s, o, blockIdx.x, rows.count);
+  own.write(p, s, work);
+  const int place = threadIdx.x / kRowColumns;
+  const int row = blockIdx.x * kReceivedRows + place;
+  if (blockIdx.x >= kReceivers || row >= rows.count) return;
+  const int token = rows.token(p, row);
+  const int head = rows.head(p, row);
+  const int dim = static_cast<int>(threadIdx.x) % kRowColumns * 4;
+  const uint2 gates = *reinterpret_cast<const uint2*>(gates_of(p, token, head) + dim);
+  wait_for_sent(shared_address(&s.received.full), 0);
+  merge_received(s.received, place, dim, rows.segments(p, row), gates, out_of(p, token, head) + dim);
+}
+
+template <bool kFp8, int kTiles, bool kDeep, bool kTogether>
 __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
     decode_attention_kernel(const __grid_constant__ AttentionParameters p) {
   extern __shared__ __align__(128) uint8_t dynamic[];
-  using Shared = AttentionShared<kFp8, kTiles, kDeep>;
+  using Shared = AttentionShared<kFp8, kTiles, kDeep, kTogether>;
   Shared& s = *reinterpret_cast<Shared*>(dynamic);
-  const Work work = find_work(p.batch);
+  // What no other load decides about is asked for first.
+  const float frequency = static_cast<const float*>(as_memory(p.frequencies))[threadIdx.x % kRotaryPairs];
+  float query_norm[8], key_norm[8];
+  load_weights(p.query_norm, query_norm);
+  load_weights(p.key_norm, key_norm);
+  const Work work = find_work<kTogether>(p.batch);
   if (work.count <= 0) {
     wait_for_predecessor();
     allow_successor();
     return;
   }
-  const int older = min(work.context - work.first, work.segment);
-#pragma unroll
-  for (int first = 0; first < kLongestSegment; first += kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    s.offset[i] = i < older ? page_offset<Shared>(p, work, work.first + i) : 0;
+  if constexpr (kTogether) {
+    prepare_to_receive(s.received, work.segments, work.row_tokens * p.group);
+    cluster_arrive_relaxed();
   }
-  __syncthreads();
   constexpr int kKeys = Shared::kKeys;
   const int blocks = (work.count + kKeys - 1) / kKeys;
-  const KeyStream<Shared> stream{p, s, older, blocks * 2};
+  const auto offset_of = [&](int key) { return key < work.count ? page_offset<Shared>(p, work, work.first + key) : 0; };
+  int key = threadIdx.x;
+  uint32_t offset = offset_of(key);
+  turn_tokens(s, work, frequency);  // while the first offsets are on their way
+#pragma unroll 1
+  while (key < blocks * kKeys) {
+    s.offset[key] = offset;
+    offset = offset_of(key += kThreads);
+  }
+  __syncthreads();
+  const KeyStream<Shared> stream{p, s, min(work.context - work.first, work.segment), blocks * 2};
 #pragma unroll 1
   for (int load = 0; load < Shared::kSlots - 1; ++load) stream.fetch(load);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < work.tokens * kRotaryPairs; i += kThreads) {
-    float sine, cosine;
-    sincosf(static_cast<float>(work.context + i / kRotaryPairs) * p.frequencies[i % kRotaryPairs], &sine, &cosine);
-    s.turns[i / kRotaryPairs][i % kRotaryPairs] = {round_bf16(cosine), round_bf16(sine)};
-  }
-  float query_norm[8], key_norm[8];
-  load_weights(p.query_norm, query_norm);
-  load_weights(p.key_norm, key_norm);
-  __syncthreads();
   wait_for_predecessor();
   allow_successor();
   const OwnToken own = stage(p, s, work, query_norm, key_norm);
@@ -573,8 +683,15 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   if (!kGatesEarly && final) gates.load(p, work.rows(p.group));
   softmax.publish(s, work.row_tokens * p.group);
   __syncthreads();
+  if constexpr (kTogether) {
+    if (!final) {
+      merge_together(p, s, o[0], work, own);
+      return;
+    }
+  }
   write_rows(p, s, o, gates, work, final);
-  if (!final) merge_when_complete(p, s, work);
+  own.write(p, s, work);
+  if (!kTogether && !final) merge_when_complete(p, s, work);
 }
 
 // The most segments of a row at a position below max_context; the rows just before a limit have many.
@@ -613,19 +730,29 @@ Status check(const DecodeAttention& a) {
     return bad("KV pages must be bfloat16 or float8_e4m3");
   }
   if (a.max_context < 1) return bad("max_context must be at least 1");
+  if (a.pages.page_size < 1 || a.pages.page_size > kMostPageSize || a.max_context > kMostContext) {
+    return bad("contexts of at most " + std::to_string(kMostContext) + " tokens in pages of at most " +
+               std::to_string(kMostPageSize) + " are taken");
+  }
   if (segments_of(a.max_context) > 1 && a.workspace == nullptr) return bad("a workspace is needed");
   return {};
 }
 
-template <bool kFp8, int kTiles, bool kDeep = false>
+template <bool kFp8, int kTiles, bool kDeep = false, bool kTogether = false>
 Status launch_tiles(const AttentionParameters& p, dim3 grid, const Launch& launch) {
-  return launch_kernel("decode_attention", launch, decode_attention_kernel<kFp8, kTiles, kDeep>, grid, kThreads,
-                       sizeof(AttentionShared<kFp8, kTiles, kDeep>), 1, p);
+  return launch_kernel("decode_attention", launch, decode_attention_kernel<kFp8, kTiles, kDeep, kTogether>, grid,
+                       kThreads, sizeof(AttentionShared<kFp8, kTiles, kDeep, kTogether>),
+                       kTogether ? static_cast<int>(grid.x) : 1, p);
 }
 
 template <bool kFp8>
 Status launch_rows(const AttentionParameters& p, int64_t rows, dim3 grid, const Launch& launch) {
   const bool few = static_cast<int64_t>(grid.x) * grid.y * grid.z <= multiprocessors();
+  static_assert(kClusterBlocks * decode_key_segment(0) <= kDecodeMiddleSegments, "all of one size");
+  if (rows <= 8 && few && grid.x > 1 && grid.x <= kClusterBlocks) {
+    grid.x = std::bit_ceil(grid.x);
+    return launch_tiles<kFp8, 1, true, true>(p, grid, launch);
+  }
   if (rows <= 8) return few ? launch_tiles<kFp8, 1, true>(p, grid, launch) : launch_tiles<kFp8, 1>(p, grid, launch);
   if (rows <= 16) return launch_tiles<kFp8, 2, true>(p, grid, launch);
   if (rows <= 32) return launch_tiles<kFp8, 4>(p, grid, launch);
@@ -671,6 +798,7 @@ Status decode_attention(const DecodeAttention& args, const Launch& launch) {
     p.partial = reinterpret_cast<float*>(partial);
     p.greatest_sum = reinterpret_cast<float2*>(p.partial + segments * args.batch.tokens * p.query_heads * kHeadDim);
   }
+  p.page_inverse = ((uint64_t{1} << 32) + args.pages.page_size - 1) / args.pages.page_size;
   for (int i = 0; i < kRotaryPairs; ++i) {
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(args.shape.rotary_dim);
     p.frequencies[i] = 1.0f / static_cast<float>(std::pow(static_cast<double>(args.shape.rope_theta), exponent));

@@ -6,6 +6,8 @@
 // group) their columns, eight at a time, so that the eight heads of a group leave nothing idle.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/fp8_pages.cuh"
@@ -39,26 +41,42 @@ struct AttentionParameters {
   int query_heads;
   bf16* out;
   int64_t out_stride;
-  int32_t* counters;     // [sequence][KV head][kind of rows][2], zero between launches
-  float* partial;        // [segment][T][query head][kHeadDim]
-  float2* greatest_sum;  // [segment][T][query head] m and l
-  int mergers;           // at most so many blocks add the segments of a sequence and KV head
+  int32_t* counters;      // [sequence][KV head][kind of rows][2], zero between launches
+  float* partial;         // [segment][T][query head][kHeadDim]
+  float2* greatest_sum;   // [segment][T][query head] m and l
+  int mergers;            // at most so many blocks add the segments of a sequence and KV head
+  uint64_t page_inverse;  // 2^32 / page_size, rounded up
   float frequencies[kRotaryPairs];
 
   // Of a block's row, which is below kDecodeTokens * kMaxGroup: exact.
   __device__ int token_of(int row) const { return (row * group_inverse) >> 16; }
+  // Of a position below max_context: exact, or the launch is refused.
+  __device__ int page_of(int position) const {
+    return static_cast<int>(static_cast<uint32_t>(position) * page_inverse >> 32);
+  }
 };
 
+// Where a block of a cluster receives every segment's results of its share of eight rows.
+inline constexpr int kClusterBlocks = 8;
+inline constexpr int kReceivers = 2;
+inline constexpr int kReceivedRows = 8 / kReceivers;
+struct ReceivedRows {
+  alignas(16) float o[kClusterBlocks][kReceivedRows][kHeadDim];
+  alignas(16) float2 greatest_sum[kClusterBlocks][kReceivedRows];
+  alignas(8) uint64_t full;
+};
+struct NothingReceived {};
+
 // kTiles * 8 rows (token, head of the group). Where a launch has few blocks, each takes a whole multiprocessor's memory
-// for more copies in flight.
-template <bool kFp8, int kTiles, bool kDeep>
+// for more copies in flight. kTogether: the blocks of a sequence and KV head are a cluster.
+template <bool kFp8, int kTiles, bool kDeep, bool kTogether>
 struct AttentionShared {
   static constexpr bool kIsFp8 = kFp8;
   static constexpr int kRowTiles = kTiles;
   static constexpr int kKeys = kFp8 ? 128 : 64;  // of a slot
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kManyRows = kTiles > 8;  // for which memory is short
-  static constexpr int kSlots = kManyRows ? 2 : kDeep ? 6 : 3;
+  static constexpr int kSlots = kManyRows ? 2 : kTogether ? 5 : kDeep ? 6 : 3;
   // A warp multiplies 16 keys; where there are fewer such runs than warps, each takes a part of the dims.
   static constexpr int kRuns = kKeys / 16;
   static constexpr int kParts = kWarps / kRuns;
@@ -76,6 +94,7 @@ struct AttentionShared {
   };
   float shrink[kTiles * 8];
   float2 greatest_sum[kTiles * 8];
+  [[no_unique_address]] std::conditional_t<kTogether, ReceivedRows, NothingReceived> received;
   alignas(16) uint32_t offset[kLongestSegment];  // of each older token's key or value in its pages, in 16 bytes
   int ticket;
 

@@ -6,6 +6,7 @@
 // what adds nothing.
 #pragma once
 
+#include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/decode_attention.cuh"
 
 namespace tokenspeed::kernels::cuda::decode_attention_parts {
@@ -110,6 +111,36 @@ __device__ inline void merge_few(const AttentionParameters& p, const MergeRows& 
         pack_bf16(gated(o.x, scale, bf16_low(gates.x)), gated(o.y, scale, bf16_high(gates.x))),
         pack_bf16(gated(o.z, scale, bf16_low(gates.y)), gated(o.w, scale, bf16_high(gates.y)))};
   }
+}
+
+// The block's barrier counts what every segment's block will send of its rows.
+__device__ inline void prepare_to_receive(ReceivedRows& received, int segments, int rows) {
+  if (threadIdx.x != 0) return;
+  const int own = min(max(rows - static_cast<int>(blockIdx.x) * kReceivedRows, 0), kReceivedRows);
+  const uint32_t full = shared_address(&received.full);
+  barrier_init(full, 1);
+  publish_barriers();
+  barrier_arrive_expecting(full, segments * own * (kHeadDim * sizeof(float) + sizeof(float2)));
+}
+// Four dims of a received row; the sums are those of merge_few(). The lanes of a warp have the same row.
+__device__ inline void merge_received(const ReceivedRows& received, int place, int dim, int segments, uint2 gates,
+                                      bf16* out) {
+  const int lane = threadIdx.x % kWarp;
+  float2 ml = {-INFINITY, 0};
+  if (lane < segments) ml = received.greatest_sum[lane][place];
+  const float weight = power_of_two(ml.x - warp_max(ml.x));
+  float total = 0;
+  float4 sum = {};
+#pragma unroll 1
+  for (int b = 0; b < segments; ++b) {
+    const float other = __shfl_sync(~0u, weight, b);
+    total = fmaf(other, __shfl_sync(~0u, ml.y, b), total);
+    scale_add(sum, other, *reinterpret_cast<const float4*>(&received.o[b][place][dim]));
+  }
+  const float scale = reciprocal(total);
+  *reinterpret_cast<uint2*>(out) = {
+      pack_bf16(gated(sum.x, scale, bf16_low(gates.x)), gated(sum.y, scale, bf16_high(gates.x))),
+      pack_bf16(gated(sum.z, scale, bf16_low(gates.y)), gated(sum.w, scale, bf16_high(gates.y)))};
 }
 
 // At most kSums: a block has a row, a thread a dim; a lane has a segment's m and l.

@@ -29,13 +29,6 @@ __device__ __forceinline__ uint32_t cycle_count() {
   return cycles;
 }
 
-// The address of a part of a kernel's parameter, which the compiler does not know to be one: what the threads of a warp
-// load from different places of a parameter is loaded one after the other.
-__device__ __forceinline__ const void* as_memory(const void* parameter) {
-  asm volatile("" : "+l"(parameter));
-  return parameter;
-}
-
 // {value, flag} words that blocks write for each other; each is read and written as a whole.
 __device__ __forceinline__ uint2 load_word(const uint2* p) {
   uint64_t word;

@@ -11,6 +11,8 @@ namespace tokenspeed::kernels::cuda {
 inline void wait_for_predecessor() {}
 inline void allow_successor() {}
 
+inline const void* as_memory(const void* parameter) { return parameter; }
+
 inline uint4 load16_shared(uint32_t address, emulation::Place place = emulation::Place::current()) {
   if (address % 16 != 0) emulation::fail("a load of 16 bytes that is not aligned", place);
   uint4 value;

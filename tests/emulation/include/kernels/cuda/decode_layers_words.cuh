@@ -16,7 +16,6 @@ inline uint32_t cycle_count() {
   static uint32_t cycles = 0xffffff00;
   return cycles += 8;
 }
-inline const void* as_memory(const void* parameter) { return parameter; }
 inline int read_lane() { return static_cast<int>(threadIdx.x % 32); }
 
 inline uint2 load_word(const uint2* p, emulation::Place place = emulation::Place::current()) {
