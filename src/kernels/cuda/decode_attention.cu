@@ -105,17 +105,27 @@ struct KeyStream {
   __device__ uint8_t* slot(int load) const { return s.ring[load % Shared::kSlots]; }
 
   // Always a group of copies, so that waiting can count them.
-  __device__ void fetch(int load) const {
-    if (load < loads) {
-      load % 2 == 0 ? fetch_rows<true>(load) : fetch_rows<false>(load);
+  __device__ void fetch_first() const {
+#pragma unroll 1
+    for (int load = 0; load < Shared::kSlots - 1; ++load) fetch(load);
+  }
+  // When `load` is kSlots - 1 loads behind the one that is waited for.
+  __device__ void fetch_next(int load) const {
+    if constexpr (Shared::kHoldsSegment) {
+      commit_copies();
+    } else {
+      fetch(load);
     }
-    commit_copies();
   }
 
  private:
-  template <bool kIsKey>
+  __device__ void fetch(int load) const {
+    if (load < loads) fetch_rows(load);
+    commit_copies();
+  }
   __device__ void fetch_rows(int load) const {
-    const auto* const from = static_cast<const uint8_t*>(kIsKey ? p.pages.keys : p.pages.values);
+    const bool is_key = load % 2 == 0;
+    const auto* const from = static_cast<const uint8_t*>(is_key ? p.pages.keys : p.pages.values);
     const int chunk = static_cast<int>(threadIdx.x) % kChunks;
     const int first = static_cast<int>(threadIdx.x) / kChunks * kRows;
     const int key = load / 2 * Shared::kKeys + first;
@@ -127,7 +137,9 @@ struct KeyStream {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const int64_t at = (static_cast<int64_t>(offset[j]) + chunk) * 16;
-      copy16_async(to + slot_offset<kFp8, kIsKey>(first + j, chunk), from + at, key + j < older);
+      const uint32_t place =
+          is_key ? slot_offset<kFp8, true>(first + j, chunk) : slot_offset<kFp8, false>(first + j, chunk);
+      copy16_async(to + place, from + at, key + j < older);
     }
   }
 };
@@ -589,25 +601,16 @@ __device__ inline void send_rows(Shared& s, const float (&o)[2][4], int segment,
   }
 }
 
-// Adds the segments of a sequence and KV head, whose blocks are a cluster, in its first blocks' shared memory: a thread
-// has four dims of a row.
+// Adds the segments of a sequence and KV head, whose blocks are a cluster, in its first blocks' shared memory.
 template <typename Shared>
 __device__ inline void merge_together(const AttentionParameters& p, Shared& s, const float (&o)[2][4], const Work& work,
-                                      const OwnToken& own) {
-  static_assert(kReceivedRows * kRowColumns == kThreads);
-  const MergeRows rows = work.rows(p.group);
+                                      const OwnToken& own, const MergedColumns& columns) {
   cluster_wait();  // every block's barrier is there
-  send_rows(s, o, blockIdx.x, rows.count);
+  send_rows(s, o, blockIdx.x, work.row_tokens * p.group);
   own.write(p, s, work);
-  const int place = threadIdx.x / kRowColumns;
-  const int row = blockIdx.x * kReceivedRows + place;
-  if (blockIdx.x >= kReceivers || row >= rows.count) return;
-  const int token = rows.token(p, row);
-  const int head = rows.head(p, row);
-  const int dim = static_cast<int>(threadIdx.x) % kRowColumns * 4;
-  const uint2 gates = *reinterpret_cast<const uint2*>(gates_of(p, token, head) + dim);
+  if (columns.segments == 0) return;
   wait_for_sent(shared_address(&s.received.full), 0);
-  merge_received(s.received, place, dim, rows.segments(p, row), gates, out_of(p, token, head) + dim);
+  columns.add(s.received);
 }
 
 template <bool kFp8, int kTiles, bool kDeep, bool kTogether>
@@ -644,8 +647,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   }
   __syncthreads();
   const KeyStream<Shared> stream{p, s, min(work.context - work.first, work.segment), blocks * 2};
-#pragma unroll 1
-  for (int load = 0; load < Shared::kSlots - 1; ++load) stream.fetch(load);
+  stream.fetch_first();
   wait_for_predecessor();
   allow_successor();
   const OwnToken own = stage(p, s, work, query_norm, key_norm);
@@ -654,6 +656,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   const bool final = work.segments == 1;
   Gates<kTiles> gates = {};
   if (kGatesEarly && final) gates.load(p, work.rows(p.group));
+  MergedColumns merged;
+  if (kTogether && !final) merged.find(p, work.rows(p.group));
 
   Softmax<Shared> softmax;
   float o[kTiles][2][4] = {};
@@ -666,7 +670,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
     // Of the copies so far all but the last kSlots - 2 are needed.
     wait_copies<Shared::kSlots - 2>();
     __syncthreads();
-    stream.fetch(2 * block + Shared::kSlots - 1);
+    stream.fetch_next(2 * block + Shared::kSlots - 1);
     if (work.first + (block + 1) * kKeys > work.context) {
       own.template put<kFp8, true>(stream.slot(2 * block), kKeys, block);
       __syncthreads();
@@ -674,7 +678,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
     write_scores(s, stream.slot(2 * block), query);
     wait_copies<Shared::kSlots - 2>();
     __syncthreads();
-    stream.fetch(2 * block + Shared::kSlots);
+    stream.fetch_next(2 * block + Shared::kSlots);
     own.template put<kFp8, false>(stream.slot(2 * block + 1), kKeys, block);
     softmax.add(s, p, work, work.first + block * kKeys);
     __syncthreads();
@@ -685,7 +689,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDeep ? 2 : 1)
   __syncthreads();
   if constexpr (kTogether) {
     if (!final) {
-      merge_together(p, s, o[0], work, own);
+      merge_together(p, s, o[0], work, own, merged);
       return;
     }
   }

@@ -77,6 +77,8 @@ struct AttentionShared {
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kManyRows = kTiles > 8;  // for which memory is short
   static constexpr int kSlots = kManyRows ? 2 : kTogether ? 5 : kDeep ? 6 : 3;
+  static constexpr bool kHoldsSegment = kTogether;  // and asks for nothing while it multiplies
+  static_assert(!kHoldsSegment || kShortestSegment / kKeys * 2 < kSlots);
   // A warp multiplies 16 keys; where there are fewer such runs than warps, each takes a part of the dims.
   static constexpr int kRuns = kKeys / 16;
   static constexpr int kParts = kWarps / kRuns;

@@ -122,26 +122,46 @@ __device__ inline void prepare_to_receive(ReceivedRows& received, int segments, 
   publish_barriers();
   barrier_arrive_expecting(full, segments * own * (kHeadDim * sizeof(float) + sizeof(float2)));
 }
-// Four dims of a received row; the sums are those of merge_few(). The lanes of a warp have the same row.
-__device__ inline void merge_received(const ReceivedRows& received, int place, int dim, int segments, uint2 gates,
-                                      bf16* out) {
-  const int lane = threadIdx.x % kWarp;
-  float2 ml = {-INFINITY, 0};
-  if (lane < segments) ml = received.greatest_sum[lane][place];
-  const float weight = power_of_two(ml.x - warp_max(ml.x));
-  float total = 0;
-  float4 sum = {};
-#pragma unroll 1
-  for (int b = 0; b < segments; ++b) {
-    const float other = __shfl_sync(~0u, weight, b);
-    total = fmaf(other, __shfl_sync(~0u, ml.y, b), total);
-    scale_add(sum, other, *reinterpret_cast<const float4*>(&received.o[b][place][dim]));
+// Four dims of a row that this thread adds, of the segments that the block receives; the sums are those of merge_few().
+struct MergedColumns {
+  int segments = 0;  // none: the block does not receive the row
+  int dim;
+  uint2 gates;
+  bf16* out;
+
+  static __device__ int place() { return static_cast<int>(threadIdx.x) / kRowColumns; }
+  // Asks for the gates.
+  __device__ void find(const AttentionParameters& p, const MergeRows& rows) {
+    static_assert(kReceivedRows * kRowColumns == kThreads);
+    const int row = static_cast<int>(blockIdx.x) * kReceivedRows + place();
+    if (blockIdx.x >= kReceivers || row >= rows.count) return;
+    const int token = rows.token(p, row);
+    const int head = rows.head(p, row);
+    segments = rows.segments(p, row);
+    dim = static_cast<int>(threadIdx.x) % kRowColumns * 4;
+    gates = *reinterpret_cast<const uint2*>(gates_of(p, token, head) + dim);
+    out = out_of(p, token, head) + dim;
   }
-  const float scale = reciprocal(total);
-  *reinterpret_cast<uint2*>(out) = {
-      pack_bf16(gated(sum.x, scale, bf16_low(gates.x)), gated(sum.y, scale, bf16_high(gates.x))),
-      pack_bf16(gated(sum.z, scale, bf16_low(gates.y)), gated(sum.w, scale, bf16_high(gates.y)))};
-}
+  // The lanes of a warp have the same row.
+  __device__ void add(const ReceivedRows& received) const {
+    const int lane = threadIdx.x % kWarp;
+    float2 ml = {-INFINITY, 0};
+    if (lane < segments) ml = received.greatest_sum[lane][place()];
+    const float weight = power_of_two(ml.x - warp_max(ml.x));
+    float total = 0;
+    float4 sum = {};
+#pragma unroll 1
+    for (int b = 0; b < segments; ++b) {
+      const float other = __shfl_sync(~0u, weight, b);
+      total = fmaf(other, __shfl_sync(~0u, ml.y, b), total);
+      scale_add(sum, other, *reinterpret_cast<const float4*>(&received.o[b][place()][dim]));
+    }
+    const float scale = reciprocal(total);
+    *reinterpret_cast<uint2*>(out) = {
+        pack_bf16(gated(sum.x, scale, bf16_low(gates.x)), gated(sum.y, scale, bf16_high(gates.x))),
+        pack_bf16(gated(sum.z, scale, bf16_low(gates.y)), gated(sum.w, scale, bf16_high(gates.y)))};
+  }
+};
 
 // At most kSums: a block has a row, a thread a dim; a lane has a segment's m and l.
 __device__ inline void merge_some(const AttentionParameters& p, const MergeRows& rows, int merger, int mergers) {

@@ -189,6 +189,13 @@ __device__ __forceinline__ unsigned launch_number(const LayerProgram& program) {
   return load_word(reinterpret_cast<const uint2*>(program.counters)).x + 1;
 }
 
+// By each block when its threads have read the launch's number: the last one counts the launch.
+__device__ __forceinline__ void count_block(const LayerProgram& program, unsigned launch) {
+  if (atomicAdd(program.counters + 1, 1u) + 1 != gridDim.x) return;
+  program.counters[1] = 0;
+  program.counters[0] = launch;
+}
+
 // ---- the warp that chooses a single row's experts ----
 
 template <int kKeys>
@@ -204,6 +211,8 @@ __device__ __forceinline__ void choose(const LayerProgram& program, LayerShared&
     route_row<kKeys>(phase.gate_up, shared, launch);
     parity ^= 1;
   }
+  // Not at the launch's end, which would wait for the answer.
+  if (program.chooser_counts && threadIdx.x % kWarp == 0) count_block(program, launch);
 }
 
 // ---- the warps that compute ----
@@ -250,11 +259,7 @@ __device__ __forceinline__ void consume(LayerConsumer& c) {
   }
   if (program.updates_x && x != nullptr) *x = __float2bfloat16_rn(c.residual);
   if (threadIdx.x == 0) tell_progress(program, LayerProgress::kBegun, program.phase_count);
-  // The last block to come counts the launch; by then all have read the number.
-  if (threadIdx.x == 0 && atomicAdd(program.counters + 1, 1u) + 1 == gridDim.x) {
-    program.counters[1] = 0;
-    program.counters[0] = c.launch;
-  }
+  if ((kRows > 1 || !program.chooser_counts) && threadIdx.x == 0) count_block(program, c.launch);
 }
 
 static_assert(offsetof(LayerShared, full) == 0, "LayerConsumer");

@@ -433,6 +433,8 @@ const LayerProgram& LayerProgramWriter::finish(const DecodeProgress& progress, d
   const bool one_fp8_row = columns_ == 1 && fp8_;
   program_.spread = static_cast<int>(chunk_cycles * (one_fp8_row ? kSpreadOneRow : kSpread));
   program_.spreads_experts = !one_fp8_row;
+  // By then the computing warps have met, in the phases before a router.
+  program_.chooser_counts = experts_ > 0 && !program_.phases[0].is(LayerPhaseKind::kRouter);
   program_.staged_bytes = staged_bytes(columns_);
   program_.partial_bytes = partial_bytes(columns_);
   program_.slots =

@@ -204,7 +204,7 @@ struct LayerProgram {
   CUtensorMap maps[kLayerMaxMaps];
   LayerPhase phases[kLayerMaxPhases];
   SequenceBatch batch;
-  unsigned* counters;  // the number of launches so far, blocks that have finished
+  unsigned* counters;  // the number of launches so far, blocks of this one that have read it
   __nv_bfloat16* x;    // the residual stream
   int64_t x_stride;
   DecodeProgress progress;  // phases are ops
@@ -220,6 +220,7 @@ struct LayerProgram {
   int partial_bytes;  // of one of the layer_buffers()
   bool spreads_experts;
   bool updates_x;
+  bool chooser_counts;  // in steps of one row: the block, by the warp that chooses experts
 };
 static_assert(sizeof(LayerProgram) < 32 * 1024, "it is a kernel parameter");
 
