@@ -571,7 +571,7 @@ TEST(FewTokenAttention, RefusesPositionsWhosePageItCannotTell) {
   args.max_context = (1 << 20) + 1;
   EXPECT_EQ(
       cuda::decode_attention(args, {}).to_string(),
-      "invalid_argument: decode_attention: contexts of at most 1048576 tokens in pages of at most 4096 are taken");
+      "invalid argument: decode_attention: contexts of at most 1048576 tokens in pages of at most 4096 are taken");
   args.max_context = 100;
   args.pages.page_size = 5000;
   EXPECT_FALSE(cuda::decode_attention(args, {}).ok());
