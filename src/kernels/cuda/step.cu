@@ -1,3 +1,4 @@
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/step.h"
 
@@ -13,6 +14,7 @@ __device__ inline uint64_t clock_ns() {
 }
 
 __global__ void expand_kernel(ExpandBatch args) {
+  allow_successor();
   const int thread = blockIdx.x * kThreads + threadIdx.x;
   if (thread == 0) *args.begin_ns = clock_ns();
   const int changes = *args.change_count;

@@ -48,8 +48,7 @@ Status execute(const CudaProgram& program, const CudaRank& rank, const CudaStep&
   const cudaStream_t stream = rank.streams[op.stream];
   switch (op.kind) {
     case OpKind::kEmbedding:
-      cuda::embedding(arguments.embedding(), stream);
-      break;
+      return cuda::embedding(arguments.embedding(), stream);
     case OpKind::kRmsNorm:
     case OpKind::kAllReduceRmsNorm:
       cuda::rms_norm(arguments.rms_norm(), stream);
@@ -105,8 +104,7 @@ Status execute(const CudaProgram& program, const CudaRank& rank, const CudaStep&
       cuda::add(arguments.add(), stream);
       break;
     case OpKind::kGatherRows:
-      cuda::gather_rows(arguments.gather_rows(), stream);
-      break;
+      return cuda::gather_rows(arguments.gather_rows(), stream);
     case OpKind::kAttentionPrepare:
       cuda::attention_prepare(arguments.attention_prepare(), stream);
       break;

@@ -165,7 +165,7 @@ Status CudaRunner::enqueue_sampling(const GraphKey& key, const CudaStep& step, b
     TS_ASSIGN_OR_RETURN(const bool sampled, shall_launch(observe, {}));
     const compile::Program& program = body_.program();
     const kernels::Rows logits = body_.rows(rank_, program.logits);
-    const kernels::cuda::Launch launch = {.stream = rank_.streams[0], .dependent = false};
+    const kernels::cuda::Launch launch = {.stream = rank_.streams[0]};
     for (int64_t row = 0; sampled && row < step.wanted_count; row += kernels::cuda::kDecodeTokens) {
       const int64_t rows = std::min<int64_t>(step.wanted_count - row, kernels::cuda::kDecodeTokens);
       const float* from = static_cast<const float*>(logits.data) + row * logits.stride;
