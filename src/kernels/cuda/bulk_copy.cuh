@@ -12,12 +12,17 @@
 
 namespace tokenspeed::kernels::cuda {
 
+// Copies, and the matrix units of warpgroup products, are another proxy of shared memory: orders this thread's ordinary
+// accesses before theirs that a barrier lets follow.
+__device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 // After barrier_init and before other threads or the copy engine use the barriers; a __syncthreads must follow.
 __device__ inline void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  publish_shared();
 }
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -33,10 +38,10 @@ __device__ inline void warp_arrive(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % kWarp < kWarpArrivals) barrier_arrive(barrier);
 }
-// The same where copies may then overwrite what the warp has read or written. They belong to another proxy, which the
-// arrival alone does not order behind accesses that have been issued: seen as loads that got what came later.
+// The same where copies may then overwrite what the warp has read or written, which the arrival alone does not order
+// behind accesses that have been issued: seen as loads that got what came later.
 __device__ inline void warp_release(uint32_t barrier) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_shared();
   warp_arrive(barrier);
 }
 // Arrives and adds `bytes` that copies will bring before the phase completes.

@@ -534,11 +534,10 @@ __device__ inline void write_rows(const AttentionParameters& p, Shared& s, const
       if (final) {
         const uint4& gate = gates.raw[first + tile];
         const float scale = reciprocal(ml.y);
-        *reinterpret_cast<uint4*>(out_of(p, rows.token(p, row), rows.head(p, row)) + dim) = {
-            pack_bf16(gated(low.x, scale, bf16_low(gate.x)), gated(low.y, scale, bf16_high(gate.x))),
-            pack_bf16(gated(low.z, scale, bf16_low(gate.y)), gated(low.w, scale, bf16_high(gate.y))),
-            pack_bf16(gated(high.x, scale, bf16_low(gate.z)), gated(high.y, scale, bf16_high(gate.z))),
-            pack_bf16(gated(high.z, scale, bf16_low(gate.w)), gated(high.w, scale, bf16_high(gate.w)))};
+        const uint2 first_four = gated_columns(low, scale, {gate.x, gate.y});
+        const uint2 last_four = gated_columns(high, scale, {gate.z, gate.w});
+        *reinterpret_cast<uint4*>(out_of(p, rows.token(p, row), rows.head(p, row)) + dim) = {first_four.x, first_four.y,
+                                                                                             last_four.x, last_four.y};
       } else {
         const int64_t at = segment + rows.at(p, row);
         float4* const to = reinterpret_cast<float4*>(p.partial + at * kHeadDim + dim);

@@ -65,6 +65,11 @@ __device__ inline float gated(float sum, float inverse_total, float gate) {
   constexpr float kLog2E = 1.4426950408889634f;
   return sum * inverse_total * reciprocal(1.0f + power_of_two(-kLog2E * gate));
 }
+// Four dims of a row, divided by its l.
+__device__ inline uint2 gated_columns(const float4& sum, float inverse_total, const uint2& gates) {
+  return {pack_bf16(gated(sum.x, inverse_total, bf16_low(gates.x)), gated(sum.y, inverse_total, bf16_high(gates.x))),
+          pack_bf16(gated(sum.z, inverse_total, bf16_low(gates.y)), gated(sum.w, inverse_total, bf16_high(gates.y)))};
+}
 __device__ inline const bf16* queries_of(const AttentionParameters& p, int token, int head) {
   return p.q_gate + token * p.q_gate_stride + head * 2 * kHeadDim;
 }
@@ -106,10 +111,7 @@ __device__ inline void merge_few(const AttentionParameters& p, const MergeRows& 
       total = fmaf(weight, ml[b].y, total);
       scale_add(o, weight, v[b]);
     }
-    const float scale = reciprocal(total);
-    *reinterpret_cast<uint2*>(out_of(p, token, head) + column * 4) = {
-        pack_bf16(gated(o.x, scale, bf16_low(gates.x)), gated(o.y, scale, bf16_high(gates.x))),
-        pack_bf16(gated(o.z, scale, bf16_low(gates.y)), gated(o.w, scale, bf16_high(gates.y)))};
+    *reinterpret_cast<uint2*>(out_of(p, token, head) + column * 4) = gated_columns(o, reciprocal(total), gates);
   }
 }
 
@@ -124,6 +126,7 @@ __device__ inline void prepare_to_receive(ReceivedRows& received, int segments, 
 }
 // Four dims of a row that this thread adds, of the segments that the block receives; the sums are those of merge_few().
 struct MergedColumns {
+  static_assert(kClusterBlocks <= kFewSegments);
   int segments = 0;  // none: the block does not receive the row
   int dim;
   uint2 gates;
@@ -156,10 +159,7 @@ struct MergedColumns {
       total = fmaf(other, __shfl_sync(~0u, ml.y, b), total);
       scale_add(sum, other, *reinterpret_cast<const float4*>(&received.o[b][place()][dim]));
     }
-    const float scale = reciprocal(total);
-    *reinterpret_cast<uint2*>(out) = {
-        pack_bf16(gated(sum.x, scale, bf16_low(gates.x)), gated(sum.y, scale, bf16_high(gates.x))),
-        pack_bf16(gated(sum.z, scale, bf16_low(gates.y)), gated(sum.w, scale, bf16_high(gates.y)))};
+    *reinterpret_cast<uint2*>(out) = gated_columns(sum, reciprocal(total), gates);
   }
 };
 

@@ -14,7 +14,7 @@ __device__ inline uint64_t clock_ns() {
 }
 
 __global__ void expand_kernel(ExpandBatch args) {
-  allow_successor();
+  allow_successor();  // not launched as a dependent one: all that came before has ended
   const int thread = blockIdx.x * kThreads + threadIdx.x;
   if (thread == 0) *args.begin_ns = clock_ns();
   const int changes = *args.change_count;

@@ -38,8 +38,6 @@ template <int kPending>
 __device__ inline void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Makes this thread's ordinary writes to shared memory visible to the matrix units; a barrier must follow.
-__device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // After a wait, before the sums are used: keeps the compiler from moving their uses above the wait.
 template <int kCount>
